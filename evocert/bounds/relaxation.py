@@ -1,0 +1,33 @@
+"""One table: what the bounds know of each activation. A new activation is one entry here and one in ``read.MODULES``."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class ElementwiseActivation:
+    """An activation that is monotone and never falls, so that an interval's image is the interval of its ends' images.
+
+    Attributes:
+        function: the activation itself, ``function(x, *arguments)``, any shape.
+        in_place: the same, free to overwrite x; the default is ``function``.
+    """
+
+    function: Callable[..., Tensor]
+    in_place: Callable[..., Tensor] | None = None
+
+    def overwrite(self, x: Tensor, *arguments: float) -> Tensor:
+        return (self.in_place or self.function)(x, *arguments)
+
+
+ACTIVATIONS: dict[str, ElementwiseActivation] = {
+    "relu": ElementwiseActivation(F.relu, F.relu_),
+    "leaky_relu": ElementwiseActivation(F.leaky_relu),  # argument: negative slope >= 0, checked when it is read
+    "hardtanh": ElementwiseActivation(F.hardtanh),  # arguments: lower and upper end
+    "sigmoid": ElementwiseActivation(torch.sigmoid),
+    "tanh": ElementwiseActivation(torch.tanh),
+}

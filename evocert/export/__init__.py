@@ -1,0 +1,1 @@
+"""Networks and properties in the formats that other people's verifiers read."""

@@ -1,0 +1,26 @@
+"""How the centre is moved: one method, one file, one line in ``METHODS``.
+
+Each is an EvoTorch ``SearchAlgorithm`` over ``CertifiedTraining`` that can be built from an experiment (``configured``), end
+(``finish``), be scheduled (``set_learning_rate``, ``set_stdev``), and be saved and restored (``state_dict``,
+``load_state_dict``). It reports ``center``, ``mean_eval`` and ``stdev``, and the seconds of its last step in ``timing``.
+"""
+
+import importlib
+from typing import Any
+
+# Named, not imported: settings are checked without waiting for EvoTorch.
+METHODS: dict[str, str] = {"pgpe": "evocert.searchers.pgpe:PGPE"}
+
+
+def method(name: str) -> Any:
+    """The searcher class of a method."""
+    module, _, searcher = METHODS[name].partition(":")
+    return getattr(importlib.import_module(module), searcher)
+
+
+def __getattr__(name: str) -> Any:
+    for path in METHODS.values():
+        module, _, searcher = path.partition(":")
+        if searcher == name:
+            return getattr(importlib.import_module(module), name)
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

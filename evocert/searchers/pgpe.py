@@ -1,0 +1,224 @@
+"""PGPE on EvoTorch's own class: fixed sigma and raw fitness, so that a step follows the smoothed loss's gradient."""
+
+import time
+from typing import Any
+
+import torch
+from evotorch import SolutionBatch
+from evotorch.algorithms import PGPE as EvoTorchPGPE  # noqa: N811 (two classes of one name)
+from torch import Tensor
+
+from evocert.experiment import Experiment
+from evocert.problem import CertifiedTraining
+from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
+
+
+class PGPE(EvoTorchPGPE):
+    """Policy gradients with parameter-based exploration (Sehnke et al. 2010; smoothed certified loss: arXiv:2403.07095).
+
+    EvoTorch's PGPE with other defaults, cheaper sampling, schedules, and a state that can be saved and restored bit for bit.
+    With ``ranking_method="raw"`` the estimate it follows is
+
+        g = (1 / n) sum_i delta_i (L(mu + delta_i) - L(mu - delta_i)) / 2,   delta_i = sigma * noise_i,   n = popsize / 2,
+
+    which is sigma^2 times the textbook estimate of the gradient of the smoothed loss
+    ``L_sigma(mu) = E L(mu + sigma * noise)``. So ``center_learning_rate`` means: with ``optimizer=None`` or "sgd",
+    sigma^2 * center_learning_rate is the textbook step length; with "adam" the factor cancels, as long as Adam's epsilon is
+    far below g, hence ``epsilon=1e-12`` by default; with "clipup" steps have their own length anyway. Rank shaping
+    ("centered") keeps the direction only roughly; it is not the gradient of the smoothed loss.
+
+    As in EvoTorch, step k applies the gradient of population k-1, then samples and evaluates population k: the reported
+    centre is the one whose population was just evaluated. ``finish`` applies the last population's gradient, so that N
+    steps are N updates.
+
+    Args:
+        problem: any ``CertifiedTraining``.
+        popsize: P, even if symmetric.
+        center_learning_rate: of the optimizer, see above.
+        stdev_init: sigma, the standard deviation of the parameter noise.
+        stdev_learning_rate: 0 keeps sigma as it is.
+        optimizer: "adam", "clipup", "sgd" or None, as in EvoTorch.
+        optimizer_config: what it takes besides the learning rate (adam: beta1, beta2, epsilon, amsgrad).
+        ranking_method: "raw", "centered", "linear", "nes" or "normalized".
+        symmetric: antithetic pairs.
+        more: whatever else EvoTorch's PGPE takes.
+    """
+
+    def __init__(
+        self,
+        problem: CertifiedTraining,
+        *,
+        popsize: int,
+        center_learning_rate: float,
+        stdev_init: float,
+        stdev_learning_rate: float = 0.0,
+        optimizer: str | None = "adam",
+        optimizer_config: dict[str, Any] | None = None,
+        ranking_method: str = "raw",
+        symmetric: bool = True,
+        **more: Any,
+    ) -> None:
+        if optimizer == "adam":
+            optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
+        super().__init__(
+            problem,
+            popsize=popsize,
+            center_learning_rate=center_learning_rate,
+            stdev_learning_rate=stdev_learning_rate,
+            stdev_init=stdev_init,
+            optimizer=optimizer,
+            optimizer_config=optimizer_config,
+            ranking_method=ranking_method,
+            symmetric=symmetric,
+            **more,
+        )
+        if stdev_learning_rate == 0:
+            kind = FixedSymmetricGaussian if symmetric else FixedGaussian
+            self._distribution = kind(
+                self._distribution.parameters, dtype=self._distribution.dtype, device=self._distribution.device
+            )
+        self._before_sampling: Tensor | None = None  # the generator's state from which the population was drawn
+        self._speed_per_rate: float = 2.0  # ClipUp's max_speed follows its learning rate
+        if optimizer == "clipup":
+            group = self.optimizer.param_groups[0]
+            self._speed_per_rate = group["max_speed"] / group["lr"]
+        self.timing: dict[str, float] = {"sample": 0.0, "bounds": 0.0, "update": 0.0}
+        """Seconds that the last step spent on sampling, on evaluating the population, and on gradient and update."""
+
+    @classmethod
+    def configured(cls, problem: CertifiedTraining, experiment: Experiment) -> "PGPE":
+        """As an experiment describes it."""
+        return cls(
+            problem,
+            popsize=experiment.popsize,
+            center_learning_rate=experiment.center_learning_rate,
+            stdev_init=experiment.stdev_init,
+            stdev_learning_rate=experiment.stdev_learning_rate,
+            optimizer=experiment.optimizer,
+            optimizer_config=dict(experiment.optimizer_config),
+            ranking_method=experiment.ranking_method,
+            symmetric=experiment.symmetric,
+        )
+
+    def _step_non_distributed(self) -> None:
+        clock = _Clock(self.problem.device)
+        if not self._first_iter:
+            self._apply_gradient()
+        self._first_iter = False
+        self.timing["update"] = clock.lap()
+        self._sample()
+        self.timing["sample"] = clock.lap()
+        self.problem.evaluate(self._population)
+        self.timing["bounds"] = clock.lap()
+
+    def _sample(self) -> None:
+        if self._population is None:
+            self._population = SolutionBatch(self.problem, popsize=self._popsize, device=self.problem.device, empty=True)
+        self._before_sampling = self.problem.generator.get_state()
+        self._distribution.sample(out=self._population.access_values(), generator=self.problem)
+
+    def _apply_gradient(self) -> None:
+        if self.problem.stalled_generations:  # no finite fitness: even momentum alone must not move the centre
+            return
+        gradients = self._distribution.compute_gradients(
+            self._population.access_values(keep_evals=True),
+            self._population.access_evals()[:, self._obj_index],
+            objective_sense=self.problem.senses[self._obj_index],
+            ranking_method=self._ranking_method,
+        )
+        self._update_distribution(gradients)
+
+    def finish(self) -> None:
+        """Apply the gradient of the last population, if there is one that is pending."""
+        if self._population is not None and not self._first_iter:
+            self._apply_gradient()
+            self._first_iter = True
+            self.clear_status()
+
+    # Schedules
+
+    def set_learning_rate(self, rate: float) -> None:
+        """The centre's learning rate from the next update on."""
+        if self.optimizer is None:
+            self._center_learning_rate = rate
+            return
+        group = self.optimizer.param_groups[0]
+        group["lr"] = rate
+        if "max_speed" in group:
+            group["max_speed"] = rate * self._speed_per_rate
+
+    def set_stdev(self, stdev: float) -> None:
+        """Sigma from the next population on. With ranks or weights of the mean only: the sigma of old samples is not used."""
+        sigma = torch.full_like(self._distribution.sigma, stdev)
+        self._distribution = self._distribution.modified_copy(sigma=sigma)
+
+    # State
+
+    def state_dict(self) -> dict[str, Any]:
+        """All that the next step depends on, as tensors and plain values. Small: the population is drawn again from it."""
+        return {
+            "mu": self._distribution.mu.detach().clone(),
+            "sigma": self._distribution.sigma.detach().clone(),
+            "optimizer": self._optimizer_state(),
+            "center_learning_rate": self._center_learning_rate,
+            "steps": self._steps_count,
+            "pending": not self._first_iter,
+            "evals": None if self._population is None else self._population.evals.as_subclass(Tensor).clone(),
+            "before_sampling": self._before_sampling,
+            "generator": self.problem.generator.get_state(),
+            "generation": self.problem.generation,
+            "nonfinite_evals": self.problem.nonfinite_evals,
+            "stalled_generations": self.problem.stalled_generations,
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Continue from ``state_dict()``: the following steps are bit for bit those of the searcher that gave it."""
+        mu, sigma = (state[key].to(self.problem.device) for key in ("mu", "sigma"))
+        self._distribution = self._distribution.modified_copy(mu=mu, sigma=sigma)
+        self._load_optimizer_state(state["optimizer"])
+        self._center_learning_rate = state["center_learning_rate"]
+        self._steps_count = state["steps"]
+        self._first_iter = not state["pending"]
+        self.problem.generation = state["generation"]
+        self.problem.nonfinite_evals = state["nonfinite_evals"]
+        self.problem.stalled_generations = state["stalled_generations"]
+        if state["pending"]:
+            self.problem.generator.set_state(state["before_sampling"])
+            self._sample()
+            evals = state["evals"].to(self.problem.device)
+            self._population.set_evals(evals[:, 0], evals[:, 1:])
+        self.problem.generator.set_state(state["generator"])
+        self.clear_status()
+
+    def _optimizer_state(self) -> dict[str, Any] | None:
+        optimizer = self.optimizer
+        if optimizer is None:
+            return None
+        if isinstance(optimizer, torch.optim.Optimizer):
+            return optimizer.state_dict()
+        return {"velocity": optimizer._velocity.clone(), "param_groups": [dict(optimizer.param_groups[0])]}
+
+    def _load_optimizer_state(self, state: dict[str, Any] | None) -> None:
+        optimizer = self.optimizer
+        if state is None or optimizer is None:
+            return
+        if isinstance(optimizer, torch.optim.Optimizer):
+            optimizer.load_state_dict(state)
+            return
+        optimizer._velocity.copy_(state["velocity"])
+        for key, value in state["param_groups"][0].items():
+            optimizer.param_groups[0][key] = value
+
+
+class _Clock:
+    """Laps in seconds. On CUDA a lap waits for the work that was launched in it."""
+
+    def __init__(self, device: torch.device | str) -> None:
+        self._cuda = torch.device(device).type == "cuda"
+        self._last = time.perf_counter()
+
+    def lap(self) -> float:
+        if self._cuda:
+            torch.cuda.synchronize()
+        start, self._last = self._last, time.perf_counter()
+        return self._last - start
