@@ -3,11 +3,9 @@
 import dataclasses
 import difflib
 import hashlib
-import importlib.util
 import math
 import sys
 import types
-import typing
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,8 +17,9 @@ from evocert.bounds import BOUNDS
 from evocert.errors import InputError
 from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
-from evocert.schedules import Schedule
+from evocert.schedules import CONSTANT, Schedule
 from evocert.searchers import METHODS
+from evocert.settings import check_choice, check_range, check_types, parse_setting, plain, type_of
 
 OPTIMIZERS = {
     "adam": ("beta1", "beta2", "epsilon", "amsgrad"),
@@ -46,10 +45,12 @@ class AttackSettings:
     step_size: float | None = None
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _allow(self.steps >= 1, "attack.steps", self.steps, "1 or more")
-        _allow(self.restarts >= 1, "attack.restarts", self.restarts, "1 or more")
-        _allow(self.step_size is None or 0 < self.step_size <= 1, "attack.step_size", self.step_size, "over 0, up to 1")
+        check_types(self)
+        check_range(self.steps >= 1, "attack.steps", self.steps, "1 or more")
+        check_range(self.restarts >= 1, "attack.restarts", self.restarts, "1 or more")
+        check_range(
+            self.step_size is None or 0 < self.step_size <= 1, "attack.step_size", self.step_size, "over 0, up to 1"
+        )
 
 
 @dataclass(frozen=True)
@@ -115,9 +116,9 @@ class Experiment:
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
     ranking_method: str = "raw"
     symmetric: bool = True
-    eps_schedule: Schedule = Schedule()
-    learning_rate_schedule: Schedule = Schedule()
-    stdev_schedule: Schedule = Schedule()
+    eps_schedule: Schedule = CONSTANT
+    learning_rate_schedule: Schedule = CONSTANT
+    stdev_schedule: Schedule = CONSTANT
     init_from: str | None = None
     select: str = "best"
     validations: int = 20
@@ -132,34 +133,40 @@ class Experiment:
     problem: str = ""
 
     def __post_init__(self) -> None:
-        _check_types(self)
-        _choice("bound", self.bound, BOUNDS)
-        _choice("method", self.method, METHODS)
-        _choice("ranking_method", self.ranking_method, RANKINGS)
-        _choice("select", self.select, SELECTIONS)
+        check_types(self)
+        check_choice("bound", self.bound, BOUNDS)
+        check_choice("method", self.method, METHODS)
+        check_choice("ranking_method", self.ranking_method, RANKINGS)
+        check_choice("select", self.select, SELECTIONS)
         if isinstance(self.network, str):
-            _choice("network", self.network, NETWORKS)
+            check_choice("network", self.network, NETWORKS)
         if self.optimizer is not None:
-            _choice("optimizer", self.optimizer, OPTIMIZERS)
+            check_choice("optimizer", self.optimizer, OPTIMIZERS)
         for key in self.optimizer_config:
-            _choice(f"a name in optimizer_config of {self.optimizer}", key, OPTIMIZERS.get(self.optimizer or "", ()))
-        _allow(0 <= self.eps <= 1, "eps", self.eps, "0 to 1, in [0, 1] pixels")
-        _allow(self.train_eps is None or 0 <= self.train_eps <= 1, "train_eps", self.train_eps, "0 to 1")
-        _allow(0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "over 0, under 1")
+            check_choice(
+                f"a name in optimizer_config of {self.optimizer}", key, OPTIMIZERS.get(self.optimizer or "", ())
+            )
+        check_range(0 <= self.eps <= 1, "eps", self.eps, "0 to 1, in [0, 1] pixels")
+        check_range(self.train_eps is None or 0 <= self.train_eps <= 1, "train_eps", self.train_eps, "0 to 1")
+        check_range(
+            0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "over 0, under 1"
+        )
         for name in ("generations", "batch_size", "validations", "popsize"):
-            _allow(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            check_range(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("natural_every", "num_actors", "seed"):
-            _allow(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+            check_range(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
         for name in ("width", "depth"):
-            _allow(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            check_range(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
         for name in ("stdev_init", "center_learning_rate"):
-            _allow(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number over 0")
+            check_range(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number over 0")
         for name in ("stdev_learning_rate", "checkpoint_seconds"):
-            _allow(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, 0 or more")
-        _allow(self.seed < 2**63, "seed", self.seed, "less than 2**63")
-        _allow(self.popsize >= 2, "popsize", self.popsize, "2 or more")
-        _allow(not self.symmetric or self.popsize % 2 == 0, "popsize", self.popsize, "an even number, with symmetric=true")
-        changes_stdev = self.stdev_schedule != Schedule()
+            check_range(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, 0 or more")
+        check_range(self.seed < 2**63, "seed", self.seed, "less than 2**63")
+        check_range(self.popsize >= 2, "popsize", self.popsize, "2 or more")
+        check_range(
+            not self.symmetric or self.popsize % 2 == 0, "popsize", self.popsize, "an even number, with symmetric=true"
+        )
+        changes_stdev = self.stdev_schedule != CONSTANT
         if self.stdev_learning_rate > 0 and changes_stdev:
             raise InputError(
                 f"stdev_learning_rate={self.stdev_learning_rate} and a stdev_schedule both set sigma: allowed is one of them"
@@ -176,7 +183,7 @@ class Experiment:
 
     def settings(self) -> dict[str, Any]:
         """Every setting as JSON takes it, groups nested; functions and modules by their names."""
-        return {f.name: _plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
+        return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
 @dataclass(frozen=True)
@@ -209,7 +216,9 @@ def load_problem(
     if not path.is_file():
         raise InputError(f"problem file {path}: no such file")
     if path.suffix != ".py":
-        raise InputError(f"problem file {path}: allowed is a Python file (.py) that defines experiment = evocert.Experiment(...)")
+        raise InputError(
+            f"problem file {path}: allowed is a Python file (.py) that defines experiment = evocert.Experiment(...)"
+        )
     source = path.read_bytes()
     base = (base or path.parent).resolve()
     module = types.ModuleType(f"evocert_problem_{path.stem}")
@@ -227,7 +236,9 @@ def load_problem(
         raise
     except BaseException as error:  # whatever a user's file does, SystemExit included
         line = _line_in(error, path)
-        raise InputError(f"problem file {path}{line} raised {type(error).__name__}: {' '.join(str(error).split())}") from error
+        raise InputError(
+            f"problem file {path}{line} raised {type(error).__name__}: {' '.join(str(error).split())}"
+        ) from error
     finally:
         sys.path.remove(str(base))
     experiment = getattr(module, "experiment", None)
@@ -258,12 +269,15 @@ def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experim
             raise InputError(f"--set {override}: allowed is KEY=VALUE")
         group, name = _resolve(experiment, key.strip())
         if group is None:
-            changes[name] = _parse(name, text, _type_of(Experiment, name))
+            changes[name] = parse_setting(name, text, type_of(Experiment, name))
         elif group == "optimizer_config":
             config = changes.get(group, dict(experiment.optimizer_config))
-            changes[group] = {**config, name: _parse(key, text, bool if name in ("amsgrad", "nesterov") else float)}
+            changes[group] = {
+                **config,
+                name: parse_setting(key, text, bool if name in ("amsgrad", "nesterov") else float),
+            }
         else:
-            value = _parse(key, text, _type_of(type(getattr(experiment, group)), name))
+            value = parse_setting(key, text, type_of(type(getattr(experiment, group)), name))
             changes.setdefault(group, {})[name] = value
     for group in ("attack", "eps_schedule", "learning_rate_schedule", "stdev_schedule"):
         if group in changes:
@@ -296,90 +310,6 @@ def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str]:
     near = difflib.get_close_matches(key, [*names, *last_parts], n=3, cutoff=0.5)
     nearest = list(dict.fromkeys(last_parts.get(name, name) for name in near)) or list(names)
     raise InputError(f"--set {key}: no such setting; {'nearest are' if near else 'allowed are'} {', '.join(nearest)}")
-
-
-def _type_of(owner: type, name: str) -> Any:
-    return typing.get_type_hints(owner)[name]
-
-
-def _parse(name: str, text: str, kind: Any) -> Any:
-    """Text as one of the types that a setting has. Raises InputError."""
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    text = text.strip()
-    if type(None) in options and text.lower() in ("none", "null"):
-        return None
-    for option in options:
-        try:
-            if option is bool:
-                return {"true": True, "yes": True, "1": True, "false": False, "no": False, "0": False}[text.lower()]
-            if option is int:
-                return int(text)
-            if option is float:
-                numerator, slash, denominator = text.partition("/")
-                return float(numerator) / float(denominator) if slash else float(text)
-            if option is str:
-                return text
-            if typing.get_origin(option) in (Sequence, typing.get_origin(Sequence[float])) and name in ("mean", "std"):
-                return tuple(float(part) for part in text.strip("[]()").split(",") if part.strip())
-        except (ValueError, KeyError, ZeroDivisionError):
-            continue
-    raise InputError(f"--set {name}={text}: allowed is {_type_name(kind)}")
-
-
-def _check_types(settings: Any) -> None:
-    hints = typing.get_type_hints(type(settings))
-    for f in dataclasses.fields(settings):
-        value, kind = getattr(settings, f.name), hints[f.name]
-        options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-        if not any(_is(value, option) for option in options):
-            raise InputError(f"{f.name}={value!r} is of type {type(value).__name__}: allowed is {_type_name(kind)}")
-        if isinstance(value, float) and math.isnan(value):
-            raise InputError(f"{f.name}={value!r}: allowed is a number")
-
-
-def _is(value: Any, option: Any) -> bool:
-    origin = typing.get_origin(option) or option
-    if origin is Callable or origin is typing.get_origin(Callable[..., int]):
-        return callable(value)
-    if origin is float:
-        return isinstance(value, int | float) and not isinstance(value, bool)
-    if origin is int:
-        return isinstance(value, int) and not isinstance(value, bool)
-    if origin is typing.get_origin(Sequence[float]):
-        return isinstance(value, list | tuple)
-    return option is Any or isinstance(value, origin)
-
-
-_TYPE_NAMES = {int: "a whole number", float: "a number", bool: "true or false", str: "text", type(None): "none"}
-
-
-def _type_name(kind: Any) -> str:
-    options = typing.get_args(kind) if isinstance(kind, types.UnionType) else (kind,)
-    return " or ".join(_TYPE_NAMES.get(o, getattr(typing.get_origin(o) or o, "__name__", str(o))) for o in options)
-
-
-def _plain(value: Any) -> Any:
-    if dataclasses.is_dataclass(value) and not isinstance(value, type):
-        return {f.name: _plain(getattr(value, f.name)) for f in dataclasses.fields(value)}
-    if isinstance(value, Mapping):
-        return {str(k): _plain(v) for k, v in value.items()}
-    if isinstance(value, list | tuple):
-        return [_plain(v) for v in value]
-    if value is None or isinstance(value, bool | int | float | str):
-        return value
-    return getattr(value, "__qualname__", type(value).__qualname__)
-
-
-def _choice(what: str, value: str, allowed: Any) -> None:
-    if value not in allowed:
-        near = difflib.get_close_matches(str(value), list(allowed), n=1)
-        hint = f" (did you mean {near[0]}?)" if near else ""
-        raise InputError(f"{what}={value!r}: allowed are {', '.join(allowed) or 'none'}{hint}")
-
-
-def _allow(condition: bool, name: str, value: Any, allowed: str) -> None:
-    if not condition:
-        raise InputError(f"{name}={value}: allowed is {allowed}")
 
 
 def _line_in(error: BaseException, path: Path) -> str:

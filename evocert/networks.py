@@ -16,7 +16,9 @@ Shape = tuple[int, int, int]
 Builder = Callable[..., nn.Sequential]
 
 
-def cnn3(input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16) -> nn.Sequential:
+def cnn3(
+    input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16
+) -> nn.Sequential:
     """Two strided convolutions (5x5 to ``width`` channels, 4x4 to twice as many) and a linear layer.
 
     Args:
@@ -38,7 +40,9 @@ def cnn3(input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Se
     )
 
 
-def cnn5(input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16) -> nn.Sequential:
+def cnn5(
+    input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16
+) -> nn.Sequential:
     """Three convolutions (3x3 and twice 4x4 with stride 2) and two linear layers, the first to 512. Arguments as cnn3."""
     return _convolutional(
         input_shape,
@@ -56,7 +60,13 @@ def cnn5(input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Se
 
 
 def fully_connected(
-    input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16, depth: int = 3
+    input_shape: Shape,
+    num_classes: int,
+    *,
+    mean: Sequence[float],
+    std: Sequence[float],
+    width: int = 16,
+    depth: int = 3,
 ) -> nn.Sequential:
     """``depth`` linear layers, ``width`` neurons in each hidden one. Other arguments as cnn3."""
     return _convolutional(input_shape, [Normalize(mean, std)], [width] * (depth - 1) + [num_classes])

@@ -38,11 +38,15 @@ class Schedule:
         if not 0 <= self.start <= self.end <= 1:
             raise InputError(f"a schedule from start={self.start} to end={self.end}: allowed is 0 <= start <= end <= 1")
         if not (0 <= self.first < math.inf and 0 <= self.last < math.inf):
-            raise InputError(f"a schedule's factors first={self.first}, last={self.last}: allowed are finite numbers >= 0")
+            raise InputError(
+                f"a schedule's factors first={self.first}, last={self.last}: allowed are finite numbers >= 0"
+            )
         if self.steps < 1:
             raise InputError(f"steps={self.steps} of a schedule: allowed is 1 or more")
         if self.shape == "step" and not (self.first > 0 and self.last > 0):
-            raise InputError(f"a step schedule multiplies, from first={self.first} to last={self.last}: allowed are > 0")
+            raise InputError(
+                f"a step schedule multiplies, from first={self.first} to last={self.last}: allowed are > 0"
+            )
 
     def __call__(self, fraction: float) -> float:
         """The factor at a fraction of the run, 0 to 1."""
@@ -93,3 +97,5 @@ SHAPES: dict[str, Callable[[float, Schedule], float]] = {
     "step": _step,
     "cosine": _cosine,
 }
+
+CONSTANT = Schedule()

@@ -103,7 +103,9 @@ def _conv2d(call: _Call) -> Layer:
     call.need(len(call.shape) == 3, "allowed is [C, H, W]")
     if isinstance(conv.padding, str):
         # torch's own order for 'same': the odd one goes to the bottom and to the right.
-        total = [d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)]
+        total = [
+            d * (k - 1) if conv.padding == "same" else 0 for d, k in zip(conv.dilation, conv.kernel_size, strict=True)
+        ]
         (top, bottom), (left, right) = ((n // 2, n - n // 2) for n in total)
     else:
         top, left = bottom, right = conv.padding
@@ -205,10 +207,10 @@ class _Reader:
 
     def _call(self, node: torch.fx.Node) -> None:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        if name in ("size", "getattr", "getitem") and node.args[0] in (self.current, *self.sizes):
-            if name != "getattr" or node.args[1] == "shape":
-                self.sizes.add(node)
-                return
+        asks_size = name in ("size", "getitem") or (name == "getattr" and node.args[1] == "shape")
+        if asks_size and node.args[0] in ((self.current, *self.sizes) if name != "getitem" else self.sizes):
+            self.sizes.add(node)
+            return
         self._chain(node, f"{name} ({node.name})")
         if name in ("view", "reshape"):
             sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]

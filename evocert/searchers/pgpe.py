@@ -113,7 +113,9 @@ class PGPE(EvoTorchPGPE):
 
     def _sample(self) -> None:
         if self._population is None:
-            self._population = SolutionBatch(self.problem, popsize=self._popsize, device=self.problem.device, empty=True)
+            self._population = SolutionBatch(
+                self.problem, popsize=self._popsize, device=self.problem.device, empty=True
+            )
         self._before_sampling = self.problem.generator.get_state()
         self._distribution.sample(out=self._population.access_values(), generator=self.problem)
 

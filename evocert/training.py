@@ -1,0 +1,386 @@
+"""One run, from a problem file to a certificate: set up, the loop, the evaluation. What is resumed is exactly the loop."""
+
+import contextlib
+import dataclasses
+import inspect
+import os
+import signal
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+import evocert
+from evocert import bounds, evaluation, networks, searchers
+from evocert.data import Dataset, channel_statistics, load
+from evocert.display import Display
+from evocert.errors import InputError
+from evocert.experiment import Experiment, LoadedProblem, load_problem
+from evocert.export.onnx import export_onnx
+from evocert.logging import attach_loggers, close_loggers
+from evocert.memory import parse_bytes
+from evocert.problem import CertifiedTraining
+from evocert.runs import Run, environment, warn
+
+ONNX_IMAGES = 100  # test images on which the exported file is compared with torch
+
+
+class Interrupted(Exception):  # noqa: N818 (no error: the user's wish)
+    """The user stopped the run; its checkpoint is written."""
+
+
+def start(problem: Path, overrides: Sequence[str], run_dir: Path | None, display: Display) -> tuple[Run, dict[str, Any]]:
+    """Run a problem file from the beginning, in a new run folder. Returns the folder and its results.
+
+    Raises:
+        InputError, UnsupportedLayer: bad input; no run folder was made, or an empty one was left as it was.
+        Interrupted: stopped by the user, after a checkpoint.
+    """
+    loaded = load_problem(problem, overrides)
+    parts = _build(loaded.experiment)
+    run = Run.create(run_dir, loaded.experiment.problem)
+    with contextlib.closing(run):
+        run.write_bytes("problem.py", loaded.source)
+        run.write_json("environment.json", environment(parts.device, bounds.worker_count()))
+        run.write_json("split.json", parts.data.split_record())
+        run.write_json("config.json", _config(loaded, problem, parts, run))
+        return run, _train(parts, run, None, display)
+
+
+def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
+    """Continue a run where its last good checkpoint stands; the result is that of the run without the interruption.
+
+    Raises:
+        InputError: no such run, a finished one, a changed copy of the problem file, or no checkpoint that can be read.
+        Interrupted: stopped by the user, after a checkpoint.
+    """
+    run = Run.open(path)
+    with contextlib.closing(run):
+        if run.finished:
+            raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
+        config = run.read_config()
+        loaded = _reload(run, config)
+        parts = _build(loaded.experiment, bounds.Tile(**config["tile"]))
+        if parts.device.type != config["device_type"]:
+            warn(f"the run began on {config['device_type']} and goes on on {parts.device.type}: its bits will differ")
+        state = run.load_checkpoint(warn)
+        return run, _train(parts, run, state, display)
+
+
+@dataclasses.dataclass
+class _Parts:
+    """All that a run is made of, built from its experiment alone."""
+
+    experiment: Experiment
+    device: torch.device
+    data: Dataset
+    module: nn.Module
+    problem: CertifiedTraining
+    searcher: Any
+
+
+def _build(experiment: Experiment, tile: bounds.Tile | None = None) -> _Parts:
+    device = _device(experiment)
+    data = load(
+        experiment.data,
+        data_dir=experiment.data_dir,
+        data_path=experiment.data_path,
+        download=experiment.download,
+        validation_fraction=experiment.validation_fraction,
+        seed=experiment.seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        module = _module(experiment, data)
+    fraction = 1 / experiment.generations
+    problem = CertifiedTraining(
+        module,
+        data.train,
+        eps=lambda generation: experiment.radius * experiment.eps_schedule(generation * fraction),
+        bound=experiment.bound,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        natural_every=experiment.natural_every,
+        memory_budget=experiment.memory_budget,
+        tile=tile,
+        device=device,
+        num_actors=experiment.num_actors,
+    )
+    if problem.network.num_classes < data.num_classes:
+        raise InputError(
+            f"the network has {problem.network.num_classes} outputs and data={experiment.data!r} {data.num_classes} classes: "
+            f"allowed are {data.num_classes} outputs or more"
+        )
+    if experiment.init_from is not None:
+        networks.with_parameters(module, _warm_start(Path(experiment.init_from), problem.network.num_parameters))
+    if experiment.num_actors > 1:
+        _start_ray(experiment.num_actors)
+    bounds.give_threads_to_tiles()
+    searcher = searchers.method(experiment.method).configured(problem, experiment)
+    return _Parts(experiment, device, data, module, problem, searcher)
+
+
+def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Display) -> dict[str, Any]:
+    """The loop. ``state`` is the checkpoint to go on from, or None."""
+    experiment, searcher = parts.experiment, parts.searcher
+    last = experiment.generations
+    done, seconds, best, trained = 0, 0.0, None, False
+    if state is not None:
+        searcher.load_state_dict(state["searcher"])
+        done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
+    loggers = attach_loggers(experiment.loggers, searcher, run.path)
+    run.open_metrics(after=done)
+    began = saved = time.monotonic()
+
+    def checkpoint() -> None:
+        elapsed = seconds + time.monotonic() - began
+        run.save_checkpoint(
+            {"generation": done, "seconds": elapsed, "best": best, "trained": trained, "searcher": searcher.state_dict()}
+        )
+
+    if not trained:
+        network = parts.problem.network
+        display.start(
+            f"{experiment.problem}: {experiment.method} with {experiment.bound}, D = {network.num_parameters} parameters, "
+            f"population {experiment.popsize}, minibatch {experiment.batch_size}, {parts.device}  ->  {run.path}",
+            done,
+            last,
+        )
+    try:
+        with _interrupts() as interrupted:
+            while not trained:
+                fraction = done / last
+                searcher.set_learning_rate(experiment.center_learning_rate * experiment.learning_rate_schedule(fraction))
+                if experiment.stdev_learning_rate == 0:
+                    searcher.set_stdev(experiment.stdev_init * experiment.stdev_schedule(fraction))
+                step_began = time.perf_counter()
+                searcher.step()
+                done += 1
+                _log_generation(parts, run, done, time.perf_counter() - step_began, display)
+                if done == last:
+                    searcher.finish()
+                # At equal distances, as nearly as whole generations allow, and at the end.
+                if done * experiment.validations // last > (done - 1) * experiment.validations // last or done == last:
+                    best = _validate(parts, run, done, best, display)
+                trained = done == last
+                if trained or interrupted or time.monotonic() - saved >= experiment.checkpoint_seconds:
+                    checkpoint()
+                    saved = time.monotonic()
+                if interrupted:
+                    raise Interrupted
+            seconds += time.monotonic() - began if state is None or not state["trained"] else 0.0
+            display.stop()
+            if searcher._end_of_run_hook:
+                searcher._end_of_run_hook(dict(searcher.status))
+            chosen = best["centre"] if experiment.select == "best" else searcher.status["center"].as_subclass(Tensor)
+            results = _finish(parts, run, chosen, seconds, display)
+            if interrupted:
+                raise Interrupted
+    finally:
+        display.stop()
+        close_loggers(loggers, run.path)
+        if experiment.num_actors > 1:
+            parts.problem.kill_actors()
+    run.write_json("results.json", results)
+    return results
+
+
+def _log_generation(parts: _Parts, run: Run, generation: int, seconds: float, display: Display) -> None:
+    status, problem = parts.searcher.status, parts.problem
+    row = {
+        "event": "generation",
+        "generation": generation,
+        "eps": problem.eps_at(generation - 1),
+        "sigma": float(status["stdev"][0]) if parts.experiment.stdev_learning_rate == 0 else float(status["stdev"].mean()),
+        "mean_eval": status["mean_eval"],
+        **{key: problem.status[key] for key in ("natural_loss", "certified", "nonfinite_evals") if key in problem.status},
+        "timing": {"seconds": seconds, **parts.searcher.timing},
+    }
+    run.log(row)
+    display.generation(generation, row["mean_eval"], row["eps"], row["sigma"])
+
+
+def _validate(parts: _Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display) -> dict[str, Any]:
+    """Validate the centre at the full eps; returns the better of it and the best so far, the later one if they are equal."""
+    experiment = parts.experiment
+    centre = parts.searcher.status["center"].as_subclass(Tensor).detach().clone()
+    began = time.perf_counter()
+    natural, certified = evaluation.validate(
+        parts.problem.network,
+        centre,
+        parts.data.validation,
+        experiment.eps,
+        experiment.bound,
+        parse_bytes(experiment.memory_budget),
+    )
+    row = {"event": "validation", "generation": generation, "natural": natural, "certified": certified}
+    run.log({**row, "timing": {"validate": time.perf_counter() - began}})
+    display.validation(natural, certified)
+    if best is not None and best["certified"] > certified:
+        return best
+    return {"centre": centre.cpu(), "generation": generation, "natural": natural, "certified": certified}
+
+
+def _finish(parts: _Parts, run: Run, centre: Tensor, seconds: float, display: Display) -> dict[str, Any]:
+    """Evaluate the chosen centre on the test part, and write the network."""
+    experiment, test = parts.experiment, parts.data.test
+    module = networks.with_parameters(parts.module, centre).to(parts.device)
+    display.say(f"evaluating on {len(test)} test images")
+    accuracy = evaluation.evaluate(
+        module,
+        parts.problem.network,
+        centre.to(parts.device),
+        test,
+        experiment.eps,
+        bounds=[experiment.bound],
+        steps=experiment.attack.steps,
+        restarts=experiment.attack.restarts,
+        step_size=experiment.attack.step_size,
+        budget=parse_bytes(experiment.memory_budget),
+    )
+    export_onnx(module, run.path / "network.onnx", test.batch(slice(0, ONNX_IMAGES))[0])
+    return {
+        "problem": experiment.problem,
+        "method": experiment.method,
+        "bound": experiment.bound,
+        "eps": experiment.eps,
+        "dataset": parts.data.name,
+        "split": "test",
+        "examples": len(test),
+        "seed": experiment.seed,
+        "generations": experiment.generations,
+        "init_from": experiment.init_from,
+        "train_seconds": seconds,
+        "accuracy": dataclasses.asdict(accuracy),
+    }
+
+
+def _module(experiment: Experiment, data: Dataset) -> nn.Module:
+    """The experiment's network, with its own initialisation."""
+    if isinstance(experiment.network, nn.Module):
+        return experiment.network
+    if isinstance(experiment.network, str):
+        build: Any = networks.NETWORKS[experiment.network]
+    else:
+        build = experiment.network
+    taken = inspect.signature(build).parameters
+    options: dict[str, Any] = {}
+    if "mean" in taken or "std" in taken:
+        measured = (
+            channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
+        )
+        options["mean"], options["std"] = experiment.mean or measured[0], experiment.std or measured[1]
+        channels = data.image_shape[0]
+        for name in ("mean", "std"):
+            if len(options[name]) != channels:
+                raise InputError(f"{name}={options[name]}: the images have {channels} channels, one number for each is allowed")
+    for name in ("width", "depth"):
+        if (value := getattr(experiment, name)) is not None:
+            if name not in taken:
+                raise InputError(f"{name}={value}: the network {experiment.settings()['network']} has no {name}")
+            options[name] = value
+    module = build(data.image_shape, data.num_classes, **options)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"network gives a {type(module).__name__}: allowed is a torch.nn.Module")
+    return module
+
+
+def _device(experiment: Experiment) -> torch.device:
+    """The device of a run, made deterministic."""
+    name = experiment.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() and experiment.num_actors < 2 else "cpu"
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(f"device={experiment.device}: no such CUDA device here, allowed are cpu and {_cuda_devices()}")
+        if experiment.num_actors > 1:
+            raise InputError(f"num_actors={experiment.num_actors} with device={experiment.device}: allowed is device=cpu")
+        # Bit for bit the same on every run: before the first CUDA call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def _cuda_devices() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ", ".join(f"cuda:{i}" for i in range(count)) or "no CUDA device (torch finds none)"
+
+
+def _start_ray(actors: int) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+
+
+def _warm_start(path: Path, parameters: int) -> Tensor:
+    """The network that another run has chosen, as ``[D]``."""
+    if not path.is_dir():
+        raise InputError(f"init_from={path}: no such run folder")
+    state = Run(path).load_checkpoint(warn)
+    if state is None or state["best"] is None:
+        raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
+    centre: Tensor = state["best"]["centre"]
+    if len(centre) != parameters:
+        raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
+    return centre
+
+
+def _config(loaded: LoadedProblem, problem: Path, parts: _Parts, run: Run) -> dict[str, Any]:
+    return {
+        **loaded.experiment.settings(),
+        "tile": parts.problem.tile._asdict(),
+        "device_type": parts.device.type,
+        "overrides": list(loaded.overrides),
+        "problem_file": os.path.relpath(problem, run.path),
+        "problem_sha256": loaded.sha256,
+        "evocert": evocert.__version__,
+    }
+
+
+def _reload(run: Run, config: dict[str, Any]) -> LoadedProblem:
+    """The experiment of a run, from its own copy of the problem file."""
+    missing = {"problem", "tile", "device_type", "overrides", "problem_file", "problem_sha256"} - config.keys()
+    if missing:
+        raise InputError(f"{run.path / 'config.json'} lacks {', '.join(sorted(missing))}")
+    original = Path(os.path.normpath(run.path / config["problem_file"]))
+    # Paths among the overrides were relative to where the user was; the recorded ones are not relative any more.
+    overrides = [o for o in config["overrides"] if o.partition("=")[0].strip() not in ("data_dir", "data_path", "init_from")]
+    loaded = load_problem(run.path / "problem.py", overrides, base=original.parent, name=config["problem"])
+    if loaded.sha256 != config["problem_sha256"]:
+        raise InputError(f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json")
+    paths = {key: config[key] for key in ("data_dir", "data_path", "init_from")}
+    loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **paths))
+    settings = loaded.experiment.settings()
+    for key, value in settings.items():
+        if config.get(key) != value:
+            raise InputError(f"{run.path / 'config.json'}: {key}={config.get(key)!r}, but problem.py gives {value!r}")
+    if not original.is_file():
+        warn(f"the original problem file {original} is gone; the run's own copy is used")
+    elif original.read_bytes() != loaded.source:
+        warn(f"the original problem file {original} was changed since; the run's own copy is used")
+    return loaded
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[list[int]]:
+    """``with _interrupts() as interrupted``: a list that Ctrl-C and SIGTERM append to. A second Ctrl-C ends at once."""
+    interrupted: list[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        if interrupted:
+            raise KeyboardInterrupt
+        interrupted.append(number)
+
+    before = {number: signal.signal(number, note) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield interrupted
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
