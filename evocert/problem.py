@@ -112,7 +112,7 @@ class CertifiedTraining(Problem):
         self.nonfinite_evals = 0
         self.stalled_generations = 0
         self._minibatch_seed = int(seed)
-        self._module: nn.Module = network
+        self._module: nn.Module | None = network
         self._data = data
         self._eps = eps
         self._minibatch: Minibatch | None = None
@@ -258,6 +258,9 @@ class CertifiedTraining(Problem):
 
     def _fill(self, values: Tensor) -> None:
         """The first row starts at the module's own parameters, others at fresh draws of its layers' initialisation."""
+        if self._module is None:  # an actor's: EvoTorch fills a population before it is sampled over
+            values.zero_()
+            return
         values[0] = flat_parameters(self._module).to(values)
         if len(values) > 1:
             module = copy.deepcopy(self._module)
@@ -294,7 +297,7 @@ class CertifiedTraining(Problem):
 
     @property
     def _nonserialized_attribs(self) -> list[str]:
-        return ["_data", "_module", "_eps", "_after_eval_hook", "_minibatch"] if self._leave_behind else []
+        return ["_data", "_module", "_eps", "_minibatch"] if self._leave_behind else []
 
     def _make_sync_data_for_actors(self) -> Minibatch:
         return self._current_minibatch()

@@ -6,11 +6,10 @@ import io
 import json
 import os
 import platform
+import shutil
 import subprocess
 import sys
-import time
 import uuid
-from collections.abc import Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -70,8 +69,11 @@ class Run:
             run._take_lock()
         except OSError as error:
             raise InputError(f"run folder {path} cannot be written to: {error.strerror}") from error
-        for leftover in path.glob(".*.tmp"):
-            leftover.unlink()
+        for leftover in (
+            *path.glob(".*.tmp"),
+            *path.glob(".network.onnx-*"),
+        ):  # of a process that was killed while writing
+            shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return run
 
     def _take_lock(self) -> None:
@@ -236,17 +238,6 @@ def _finite(value: Any) -> Any:
     if isinstance(value, dict):
         return {k: _finite(v) for k, v in value.items()}
     return None if isinstance(value, float) and not abs(value) < float("inf") else value
-
-
-@contextlib.contextmanager
-def stopwatch() -> Iterator[list[float]]:
-    """``with stopwatch() as seconds: …``: afterwards ``seconds[0]`` is how long it took."""
-    seconds: list[float] = []
-    start = time.perf_counter()
-    try:
-        yield seconds
-    finally:
-        seconds.append(time.perf_counter() - start)
 
 
 def warn(line: str) -> None:

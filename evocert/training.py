@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import inspect
+import logging
 import os
 import signal
 import time
@@ -29,10 +30,16 @@ ONNX_IMAGES = 100  # test images on which the exported file is compared with tor
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user's wish)
-    """The user stopped the run; its checkpoint is written."""
+    """The user stopped the run in ``run_path``; its checkpoint is written."""
+
+    def __init__(self, run_path: Path) -> None:
+        super().__init__(f"run {run_path} was stopped; its checkpoint is written")
+        self.run_path = run_path
 
 
-def start(problem: Path, overrides: Sequence[str], run_dir: Path | None, display: Display) -> tuple[Run, dict[str, Any]]:
+def start(
+    problem: Path, overrides: Sequence[str], run_dir: Path | None, display: Display
+) -> tuple[Run, dict[str, Any]]:
     """Run a problem file from the beginning, in a new run folder. Returns the folder and its results.
 
     Raises:
@@ -127,19 +134,14 @@ def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Displ
     """The loop. ``state`` is the checkpoint to go on from, or None."""
     experiment, searcher = parts.experiment, parts.searcher
     last = experiment.generations
-    done, seconds, best, trained = 0, 0.0, None, False
+    done, seconds, trained = 0, 0.0, False
+    best: dict[str, Any] | None = None
     if state is not None:
         searcher.load_state_dict(state["searcher"])
         done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
     loggers = attach_loggers(experiment.loggers, searcher, run.path)
     run.open_metrics(after=done)
-    began = saved = time.monotonic()
-
-    def checkpoint() -> None:
-        elapsed = seconds + time.monotonic() - began
-        run.save_checkpoint(
-            {"generation": done, "seconds": elapsed, "best": best, "trained": trained, "searcher": searcher.state_dict()}
-        )
+    saved = lap = time.monotonic()
 
     if not trained:
         network = parts.problem.network
@@ -153,7 +155,9 @@ def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Displ
         with _interrupts() as interrupted:
             while not trained:
                 fraction = done / last
-                searcher.set_learning_rate(experiment.center_learning_rate * experiment.learning_rate_schedule(fraction))
+                searcher.set_learning_rate(
+                    experiment.center_learning_rate * experiment.learning_rate_schedule(fraction)
+                )
                 if experiment.stdev_learning_rate == 0:
                     searcher.set_stdev(experiment.stdev_init * experiment.stdev_schedule(fraction))
                 step_began = time.perf_counter()
@@ -166,19 +170,22 @@ def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Displ
                 if done * experiment.validations // last > (done - 1) * experiment.validations // last or done == last:
                     best = _validate(parts, run, done, best, display)
                 trained = done == last
-                if trained or interrupted or time.monotonic() - saved >= experiment.checkpoint_seconds:
-                    checkpoint()
-                    saved = time.monotonic()
+                now = time.monotonic()
+                seconds, lap = seconds + now - lap, now
+                if trained or interrupted or now - saved >= experiment.checkpoint_seconds:
+                    state = {"generation": done, "seconds": seconds, "best": best, "trained": trained}
+                    run.save_checkpoint({**state, "searcher": searcher.state_dict()})
+                    saved = now
                 if interrupted:
-                    raise Interrupted
-            seconds += time.monotonic() - began if state is None or not state["trained"] else 0.0
+                    raise Interrupted(run.path)
             display.stop()
             if searcher._end_of_run_hook:
                 searcher._end_of_run_hook(dict(searcher.status))
+            assert best is not None, "the last generation is always validated"
             chosen = best["centre"] if experiment.select == "best" else searcher.status["center"].as_subclass(Tensor)
             results = _finish(parts, run, chosen, seconds, display)
             if interrupted:
-                raise Interrupted
+                raise Interrupted(run.path)
     finally:
         display.stop()
         close_loggers(loggers, run.path)
@@ -194,16 +201,24 @@ def _log_generation(parts: _Parts, run: Run, generation: int, seconds: float, di
         "event": "generation",
         "generation": generation,
         "eps": problem.eps_at(generation - 1),
-        "sigma": float(status["stdev"][0]) if parts.experiment.stdev_learning_rate == 0 else float(status["stdev"].mean()),
+        "sigma": float(status["stdev"][0])
+        if parts.experiment.stdev_learning_rate == 0
+        else float(status["stdev"].mean()),
         "mean_eval": status["mean_eval"],
-        **{key: problem.status[key] for key in ("natural_loss", "certified", "nonfinite_evals") if key in problem.status},
+        **{
+            key: problem.status[key]
+            for key in ("natural_loss", "certified", "nonfinite_evals")
+            if key in problem.status
+        },
         "timing": {"seconds": seconds, **parts.searcher.timing},
     }
     run.log(row)
     display.generation(generation, row["mean_eval"], row["eps"], row["sigma"])
 
 
-def _validate(parts: _Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display) -> dict[str, Any]:
+def _validate(
+    parts: _Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display
+) -> dict[str, Any]:
     """Validate the centre at the full eps; returns the better of it and the best so far, the later one if they are equal."""
     experiment = parts.experiment
     centre = parts.searcher.status["center"].as_subclass(Tensor).detach().clone()
@@ -269,14 +284,14 @@ def _module(experiment: Experiment, data: Dataset) -> nn.Module:
     taken = inspect.signature(build).parameters
     options: dict[str, Any] = {}
     if "mean" in taken or "std" in taken:
-        measured = (
-            channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
-        )
+        measured = channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
         options["mean"], options["std"] = experiment.mean or measured[0], experiment.std or measured[1]
         channels = data.image_shape[0]
         for name in ("mean", "std"):
             if len(options[name]) != channels:
-                raise InputError(f"{name}={options[name]}: the images have {channels} channels, one number for each is allowed")
+                raise InputError(
+                    f"{name}={options[name]}: the images have {channels} channels, one number for each is allowed"
+                )
     for name in ("width", "depth"):
         if (value := getattr(experiment, name)) is not None:
             if name not in taken:
@@ -296,9 +311,13 @@ def _device(experiment: Experiment) -> torch.device:
     device = torch.device("cuda:0" if name == "cuda" else name)
     if device.type == "cuda":
         if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(f"device={experiment.device}: no such CUDA device here, allowed are cpu and {_cuda_devices()}")
+            raise InputError(
+                f"device={experiment.device}: no such CUDA device here, allowed are cpu and {_cuda_devices()}"
+            )
         if experiment.num_actors > 1:
-            raise InputError(f"num_actors={experiment.num_actors} with device={experiment.device}: allowed is device=cpu")
+            raise InputError(
+                f"num_actors={experiment.num_actors} with device={experiment.device}: allowed is device=cpu"
+            )
         # Bit for bit the same on every run: before the first CUDA call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
@@ -316,7 +335,7 @@ def _start_ray(actors: int) -> None:
     import ray
 
     if not ray.is_initialized():
-        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level="ERROR")
+        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
 def _warm_start(path: Path, parameters: int) -> Tensor:
@@ -351,10 +370,14 @@ def _reload(run: Run, config: dict[str, Any]) -> LoadedProblem:
         raise InputError(f"{run.path / 'config.json'} lacks {', '.join(sorted(missing))}")
     original = Path(os.path.normpath(run.path / config["problem_file"]))
     # Paths among the overrides were relative to where the user was; the recorded ones are not relative any more.
-    overrides = [o for o in config["overrides"] if o.partition("=")[0].strip() not in ("data_dir", "data_path", "init_from")]
+    overrides = [
+        o for o in config["overrides"] if o.partition("=")[0].strip() not in ("data_dir", "data_path", "init_from")
+    ]
     loaded = load_problem(run.path / "problem.py", overrides, base=original.parent, name=config["problem"])
     if loaded.sha256 != config["problem_sha256"]:
-        raise InputError(f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json")
+        raise InputError(
+            f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json"
+        )
     paths = {key: config[key] for key in ("data_dir", "data_path", "init_from")}
     loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **paths))
     settings = loaded.experiment.settings()

@@ -6,6 +6,7 @@ from typing import Any
 import torch
 from evotorch import SolutionBatch
 from evotorch.algorithms import PGPE as EvoTorchPGPE  # noqa: N811 (two classes of one name)
+from evotorch.distributions import Distribution
 from torch import Tensor
 
 from evocert.experiment import Experiment
@@ -72,11 +73,13 @@ class PGPE(EvoTorchPGPE):
             symmetric=symmetric,
             **more,
         )
+        given: Distribution = self._distribution
+        self._distribution: Distribution = given
         if stdev_learning_rate == 0:
             kind = FixedSymmetricGaussian if symmetric else FixedGaussian
-            self._distribution = kind(
-                self._distribution.parameters, dtype=self._distribution.dtype, device=self._distribution.device
-            )
+            self._distribution = kind(given.parameters, dtype=given.dtype, device=given.device)
+        self._population: SolutionBatch | None = None
+        self._first_iter: bool = True
         self._before_sampling: Tensor | None = None  # the generator's state from which the population was drawn
         self._speed_per_rate: float = 2.0  # ClipUp's max_speed follows its learning rate
         if optimizer == "clipup":
