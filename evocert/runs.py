@@ -81,6 +81,8 @@ class Run:
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
+            self._lock.close()
+            self._lock = None
             raise InputError(f"run folder {self.path}: another process is at work in it") from None
 
     def close(self) -> None:

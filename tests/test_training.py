@@ -1,0 +1,373 @@
+"""A whole run: records, determinism, and continuing after every way of being stopped."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import onnxruntime
+import pytest
+import torch
+
+from evocert import networks, training
+from evocert.data import load
+from evocert.display import Silent
+from evocert.errors import InputError
+from evocert.runs import CHECKPOINT, Run
+from evocert.training import Interrupted, resume, start
+
+PROBLEM = """\
+import evocert
+
+experiment = evocert.Experiment(
+    data="digits", network="cnn3", width=2, eps=0.02, generations=12, batch_size=8, popsize=4,
+    stdev_init=0.02, center_learning_rate=0.02, eps_schedule=evocert.Schedule("linear", end=0.5, first=0.0),
+    learning_rate_schedule=evocert.Schedule("cosine", last=0.1), stdev_schedule=evocert.Schedule("linear", last=0.5),
+    natural_every=3, validations=4, checkpoint_seconds=0, attack=evocert.AttackSettings(steps=2, restarts=1),
+)
+"""
+RECORDS = {"problem.py", "config.json", "environment.json", "split.json", "metrics.jsonl", "network.onnx", "results.json"}
+
+
+@pytest.fixture
+def problem(tmp_path):
+    path = tmp_path / "toy.py"
+    path.write_text(PROBLEM)
+    return path
+
+
+def rows(folder, *, timing=False):
+    lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
+    return lines if timing else [{k: v for k, v in row.items() if k != "timing"} for row in lines]
+
+
+def same(one, other):
+    """Whether two checkpoints agree in every bit but the seconds."""
+    if isinstance(one, dict):
+        return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
+    if isinstance(one, torch.Tensor):
+        return torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) if one.is_floating_point() else torch.equal(one, other)
+    if isinstance(one, list | tuple):
+        return len(one) == len(other) and all(map(same, one, other))
+    return one == other
+
+
+def checkpoint(folder):
+    return torch.load(folder / CHECKPOINT, weights_only=True)
+
+
+def outcome(folder):
+    results = json.loads((folder / "results.json").read_text())
+    return {k: v for k, v in results.items() if k != "train_seconds"}
+
+
+@pytest.fixture
+def reference(problem, tmp_path):
+    """The run that nothing has interrupted."""
+    start(problem, [], tmp_path / "reference", Silent())
+    return tmp_path / "reference"
+
+
+class TestRecords:
+    def test_are_those_of_the_contract(self, problem, reference):
+        files = {p.name for p in reference.iterdir()}
+        assert files >= RECORDS | {CHECKPOINT}
+        assert not [f for f in files if f.startswith(".")]
+        config = json.loads((reference / "config.json").read_text())
+        assert config["popsize"] == 4
+        assert config["bound"] == "ibp"  # a default
+        assert config["problem"] == "toy"
+        assert set(config["tile"]) == {"members", "images"}
+        assert (reference / "problem.py").read_bytes() == problem.read_bytes()
+        split = json.loads((reference / "split.json").read_text())
+        data = load("digits")
+        assert split["test"]["indices"] == data.test.indices.tolist()
+        results = json.loads((reference / "results.json").read_text())
+        assert list(results) == [
+            "problem", "method", "bound", "eps", "dataset", "split", "examples", "seed", "generations", "init_from",
+            "train_seconds", "accuracy",
+        ]  # fmt: skip
+        accuracy = results["accuracy"]
+        assert results["examples"] == len(data.test)
+        assert 0 <= accuracy["certified"]["ibp"] <= accuracy["attacked"] <= accuracy["natural"] <= 1
+
+    def test_metrics_have_every_generation_once_and_timing_apart(self, reference):
+        found = [(row["event"], row["generation"]) for row in rows(reference)]
+        generations = [("generation", g) for g in range(1, 13)]
+        validations = [("validation", g) for g in (3, 6, 9, 12)]
+        assert sorted(found) == sorted(generations + validations)
+        first, *_, last = [r for r in rows(reference, timing=True) if r["event"] == "generation"]
+        assert first["eps"] == 0
+        assert last["eps"] == pytest.approx(0.02)
+        assert first["sigma"] == pytest.approx(0.02)
+        assert last["sigma"] == pytest.approx(0.02 * (1 - 0.5 * 11 / 12))
+        assert {"seconds", "sample", "bounds", "update"} <= first["timing"].keys()
+        assert "natural_loss" in first
+        assert "natural_loss" not in last
+        validation = next(r for r in rows(reference, timing=True) if r["event"] == "validation")
+        assert validation["timing"]["validate"] > 0
+
+    def test_onnx_is_the_chosen_centre(self, reference):
+        state = checkpoint(reference)
+        module = networks.cnn3((1, 8, 8), 10, mean=[0.0], std=[1.0], width=2)
+        config = json.loads((reference / "config.json").read_text())
+        assert config["mean"] is None
+        data = load("digits")
+        statistics = training.channel_statistics(data.train)
+        module[0] = networks.Normalize(*statistics)
+        networks.with_parameters(module, state["best"]["centre"])
+        images = data.test.batch(slice(0, 5))[0]
+        session = onnxruntime.InferenceSession(reference / "network.onnx")
+        logits = [session.run(None, {session.get_inputs()[0].name: image[None].numpy()})[0][0] for image in images]
+        torch.testing.assert_close(torch.tensor(np.array(logits)), module(images).detach(), rtol=1e-4, atol=1e-5)
+
+    def test_n_generations_are_n_updates(self, reference):
+        """The centre at the end has moved once more than the one whose population was evaluated last."""
+        state = checkpoint(reference)
+        assert int(state["searcher"]["optimizer"]["state"][0]["step"]) == 12
+        assert not state["searcher"]["pending"]
+
+    def test_select_last_takes_the_last(self, problem, tmp_path, reference):
+        start(problem, ["select=last", "validations=1"], tmp_path / "last", Silent())
+        assert torch.equal(checkpoint(tmp_path / "last")["searcher"]["mu"], checkpoint(reference)["searcher"]["mu"])
+        data = load("digits")
+        assert outcome(tmp_path / "last")["examples"] == len(data.test)
+
+    def test_a_seed_decides_everything_and_another_changes_it(self, problem, tmp_path, reference):
+        start(problem, [], tmp_path / "again", Silent())
+        assert rows(tmp_path / "again") == rows(reference)
+        assert same(checkpoint(tmp_path / "again"), checkpoint(reference))
+        start(problem, ["seed=1"], tmp_path / "other", Silent())
+        assert rows(tmp_path / "other") != rows(reference)
+        split, other = (json.loads((f / "split.json").read_text()) for f in (reference, tmp_path / "other"))
+        assert split["test"] == other["test"]
+        assert split["validation"] != other["validation"]
+
+    @pytest.mark.parametrize("generations", [1, 2, 3])
+    def test_any_number_of_generations_will_do(self, problem, tmp_path, generations):
+        start(problem, [f"generations={generations}"], tmp_path / "short", Silent())
+        found = rows(tmp_path / "short")
+        assert [r["generation"] for r in found if r["event"] == "generation"] == list(range(1, generations + 1))
+        assert found[-1]["event"] == "validation"
+
+    def test_a_warm_start_begins_where_the_other_run_ended(self, problem, tmp_path, reference):
+        start(problem, [f"init_from={reference}", "generations=1"], tmp_path / "warm", Silent())
+        assert outcome(tmp_path / "warm")["init_from"] == str(reference)
+        folder = tmp_path / "warm"
+        best = checkpoint(reference)["best"]["centre"]
+        moved = (checkpoint(folder)["searcher"]["mu"] - best).abs()
+        assert 0 < moved.max() <= 0.021  # one step of Adam
+        with pytest.raises(InputError, match="its network has .* parameters, this one"):
+            start(problem, [f"init_from={reference}", "width=3"], tmp_path / "wide", Silent())
+        with pytest.raises(InputError, match="no such run folder"):
+            start(problem, ["init_from=absent"], tmp_path / "absent", Silent())
+        assert not (tmp_path / "wide").exists()
+
+
+class _Stopping(Silent):
+    """Does something in the middle of the run."""
+
+    def __init__(self, at, action):
+        self.at, self.action = at, action
+
+    def generation(self, generation, loss, eps, stdev):
+        if generation == self.at:
+            self.action()
+
+
+class _KilledError(Exception):
+    """Stands for a kill: nothing is written after it."""
+
+
+def _kill():
+    raise _KilledError
+
+
+class TestResume:
+    @pytest.mark.parametrize("at", [1, 2, 5, 11, 12])
+    def test_after_a_kill_is_bit_for_bit(self, problem, tmp_path, reference, at):
+        folder = tmp_path / "killed"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(at, _kill))
+        resume(folder, Silent())
+        assert rows(folder) == rows(reference)
+        assert same(checkpoint(folder), checkpoint(reference))
+        assert outcome(folder) == outcome(reference)
+        assert (folder / "network.onnx").read_bytes() == (reference / "network.onnx").read_bytes()
+
+    @pytest.mark.parametrize("overrides", [["optimizer=clipup"], ["optimizer=none"], ["ranking_method=centered"], [
+        "stdev_learning_rate=0.1", "stdev_schedule.shape=constant", "stdev_schedule.last=1",
+    ], ["symmetric=false"]], ids=["clipup", "plain", "centered", "sigma", "asymmetric"])  # fmt: skip
+    def test_holds_for_every_kind_of_pgpe(self, problem, tmp_path, overrides):
+        start(problem, overrides, tmp_path / "whole", Silent())
+        with pytest.raises(_KilledError):
+            start(problem, overrides, tmp_path / "killed", _Stopping(6, _kill))
+        resume(tmp_path / "killed", Silent())
+        assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+        assert same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
+
+    def test_after_ctrl_c_too(self, problem, tmp_path, reference):
+        folder = tmp_path / "stopped"
+        with pytest.raises(Interrupted) as stopped:
+            start(problem, ["checkpoint_seconds=1000"], folder, _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT)))
+        assert stopped.value.run_path == folder
+        assert checkpoint(folder)["generation"] == 7
+        resume(folder, Silent())
+        assert rows(folder) == rows(reference)
+        assert same(checkpoint(folder), checkpoint(reference))
+
+    def test_after_the_training_only_evaluates(self, problem, tmp_path, reference, monkeypatch):
+        folder = tmp_path / "trained"
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "export_onnx", lambda *args: _kill())
+            with pytest.raises(_KilledError):
+                start(problem, [], folder, Silent())
+        assert not (folder / "results.json").exists()
+        before = checkpoint(folder)
+        resume(folder, _Stopping(12, _kill))
+        assert outcome(folder) == outcome(reference)
+        assert same(before, checkpoint(folder))
+
+    def test_falls_back_to_the_previous_checkpoint(self, problem, tmp_path, reference, capsys):
+        folder = tmp_path / "damaged"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(8, _kill))
+        path = folder / CHECKPOINT
+        path.write_bytes(path.read_bytes()[:1000])
+        resume(folder, Silent())
+        said = capsys.readouterr().err
+        assert f"{path} is corrupted" in said
+        assert "at generation 6" in said
+        assert rows(folder) == rows(reference)
+        assert same(checkpoint(folder), checkpoint(reference))
+
+    def test_before_the_first_checkpoint_starts_again(self, problem, tmp_path, reference):
+        folder = tmp_path / "early"
+        with pytest.raises(_KilledError):
+            start(problem, ["checkpoint_seconds=1000"], folder, _Stopping(4, _kill))
+        assert not (folder / CHECKPOINT).exists()
+        resume(folder, Silent())
+        assert rows(folder) == rows(reference)
+
+    def test_refuses_a_finished_run(self, reference):
+        before = {p.name: p.read_bytes() for p in reference.iterdir()}
+        with pytest.raises(InputError, match="is finished: its results are in"):
+            resume(reference, Silent())
+        assert {p.name: p.read_bytes() for p in reference.iterdir()} == before
+
+    def test_refuses_a_changed_copy_and_mentions_a_changed_original(self, problem, tmp_path, capsys):
+        folder = tmp_path / "run"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(8, _kill))
+        copy = folder / "problem.py"
+        copy.write_text(PROBLEM + "\n# mine\n")
+        with pytest.raises(InputError, match=r"problem\.py was changed since the run began"):
+            resume(folder, Silent())
+        copy.write_text(PROBLEM)
+        problem.write_text("raise SystemExit")
+        resume(folder, Silent())
+        assert "was changed since; the run's own copy is used" in capsys.readouterr().err
+
+    def test_finds_what_lies_beside_the_original(self, tmp_path):
+        """Imports and data of the problem file, from another current folder, and with the original gone."""
+        (tmp_path / "side").mkdir()
+        (tmp_path / "side" / "my_settings.py").write_text("POPSIZE = 4\n")
+        file = tmp_path / "side" / "mine.py"
+        file.write_text("import my_settings\n" + PROBLEM.replace("popsize=4", "popsize=my_settings.POPSIZE"))
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "run", _Stopping(8, _kill))
+        sys.modules.pop("my_settings", None)
+        file.unlink()
+        resume(tmp_path / "run", Silent())
+
+    def test_a_full_disk_loses_nothing(self, problem, tmp_path, reference, monkeypatch):
+        folder = tmp_path / "full"
+        real, written = Run.log, []
+
+        def log(run, row):
+            written.append(row)
+            if len(written) == 9:
+                run._metrics.write('{"torn')
+                raise OSError(28, "No space left on device")
+            real(run, row)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(Run, "log", log)
+            with pytest.raises(OSError, match="No space left"):
+                start(problem, [], folder, Silent())
+        resume(folder, Silent())
+        assert rows(folder) == rows(reference)
+        assert same(checkpoint(folder), checkpoint(reference))
+
+
+class TestBadInput:
+    @pytest.mark.parametrize(
+        ("overrides", "message"),
+        [
+            (["device=cuda:7"], "device=cuda:7: no such CUDA device here"),
+            (["batch_size=100000"], "batch_size=100000: allowed is 1 to"),
+            (["memory_budget=1KB"], "memory_budget"),
+            (["depth=3"], "the network cnn3 has no depth"),
+            (["mean=0.1,0.2", "std=1,1"], "the images have 1 channels"),
+            (["data=mnist", "data_dir=nowhere", "download=false"], "nowhere"),
+        ],
+    )
+    def test_leaves_no_run_folder(self, problem, tmp_path, overrides, message):
+        with pytest.raises(InputError, match=message):
+            start(problem, overrides, tmp_path / "run", Silent())
+        assert not (tmp_path / "run").exists()
+
+    def test_a_network_with_too_few_outputs(self, tmp_path):
+        file = tmp_path / "few.py"
+        network = "network=lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 3))"
+        file.write_text("import torch\n" + PROBLEM.replace('network="cnn3", width=2', network))
+        with pytest.raises(InputError, match="3 outputs and data='digits' 10 classes"):
+            start(file, [], tmp_path / "run", Silent())
+
+
+@pytest.mark.slow
+class TestProcesses:
+    def test_killed_at_random_moments_and_resumed(self, problem, tmp_path):
+        """With -9, from outside, wherever it strikes."""
+        settings = ["--set", "generations=1500", "--set", "checkpoint_seconds=0.1"]
+        command = [sys.executable, "-c", "from evocert.cli import main; main()"]
+        subprocess.run([*command, "run", str(problem), *settings, "--run-dir", str(tmp_path / "whole"), "--quiet"], check=True)
+        folder = tmp_path / "killed"
+        arguments = ["run", str(problem), *settings, "--run-dir", str(folder), "--quiet"]
+        for pause in (0.3, 1.1):
+            process = subprocess.Popen([*command, *arguments])
+            self._wait_for(folder, process)
+            time.sleep(pause)
+            process.kill()
+            process.wait()
+            arguments = ["resume", str(folder), "--quiet"]
+        assert len(rows_or_none(folder)) < 1500
+        subprocess.run([*command, *arguments], check=True)
+        assert rows(folder) == rows(tmp_path / "whole")
+        assert same(checkpoint(folder), checkpoint(tmp_path / "whole"))
+
+    def _wait_for(self, folder: Path, process):
+        """Until this process has written metrics of its own."""
+        path = folder / "metrics.jsonl"
+        before = path.stat().st_mtime_ns if path.exists() else 0
+        while not path.exists() or path.stat().st_mtime_ns == before:
+            assert process.poll() is None
+            time.sleep(0.02)
+
+    def test_actors_change_nothing(self, problem, tmp_path):
+        command = [sys.executable, "-c", "from evocert.cli import main; main()", "run", str(problem), "--quiet"]
+        for name, actors in (("alone", 0), ("two", 2)):
+            arguments = ["--set", f"num_actors={actors}", "--run-dir", str(tmp_path / name)]
+            done = subprocess.run([*command, *arguments], check=True, capture_output=True, text=True)
+            assert done.stderr == ""
+        assert rows(tmp_path / "alone") == rows(tmp_path / "two")
+        assert same(checkpoint(tmp_path / "alone"), checkpoint(tmp_path / "two"))
+
+
+def rows_or_none(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return lines[:-1]
