@@ -24,7 +24,7 @@ _PUBLIC = {
     "load_data": "evocert.data",
 }
 
-__all__ = [*_PUBLIC, "__version__"]  # noqa: PLE0604
+__all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:

@@ -1,12 +1,16 @@
 """``Experiment``: the frozen, typed and validated description of one run, as a problem file defines it."""
 
+import contextlib
 import dataclasses
-import difflib
+import functools
 import hashlib
+import importlib
 import math
+import os
+import re
 import sys
 import types
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,20 +18,36 @@ from typing import Any
 from torch import nn
 
 from evocert.bounds import BOUNDS
+from evocert.data import DATASETS
 from evocert.errors import InputError
 from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
 from evocert.schedules import CONSTANT, Schedule
 from evocert.searchers import METHODS
-from evocert.settings import check_choice, check_range, check_types, parse_setting, plain, type_of
+from evocert.settings import check_choice, check_range, check_types, nearest, parse_setting, plain, type_of
 
-OPTIMIZERS = {
-    "adam": ("beta1", "beta2", "epsilon", "amsgrad"),
-    "clipup": ("momentum", "max_speed"),
-    "sgd": ("momentum", "dampening", "nesterov"),
+# For each optimizer its options: a flag, or a number with a check and its words.
+_DECAY = (lambda value: 0 <= value < 1, "0 or more, less than 1")
+_OVER_0 = (lambda value: 0 < value < math.inf, "a finite number over 0")
+_FROM_0 = (lambda value: 0 <= value < math.inf, "a finite number, 0 or more")
+OPTIMIZERS: dict[str, dict[str, Any]] = {
+    "adam": {"beta1": _DECAY, "beta2": _DECAY, "epsilon": _OVER_0, "amsgrad": bool},
+    "clipup": {"momentum": (lambda value: 0 <= value <= 1, "0 to 1"), "max_speed": _OVER_0},
+    "sgd": {"momentum": _FROM_0, "dampening": _FROM_0, "nesterov": bool},
 }
 RANKINGS = ("raw", "centered", "linear", "nes", "normalized")
+# EvoTorch's, and TensorBoardLogger; see ``evocert.logging``.
+LOGGERS = (
+    "StdOutLogger",
+    "PandasLogger",
+    "TensorBoardLogger",
+    "MlflowLogger",
+    "NeptuneLogger",
+    "SacredLogger",
+    "WandbLogger",
+)
 SELECTIONS = ("best", "last")
+_PATHS = ("data_dir", "data_path", "init_from")
 
 
 @dataclass(frozen=True)
@@ -46,19 +66,17 @@ class AttackSettings:
 
     def __post_init__(self) -> None:
         check_types(self)
-        check_range(self.steps >= 1, "attack.steps", self.steps, "1 or more")
-        check_range(self.restarts >= 1, "attack.restarts", self.restarts, "1 or more")
-        check_range(
-            self.step_size is None or 0 < self.step_size <= 1, "attack.step_size", self.step_size, "over 0, up to 1"
-        )
+        check_range(1 <= self.steps < 2**31, "steps", self.steps, "1 or more")
+        check_range(1 <= self.restarts < 2**31, "restarts", self.restarts, "1 or more")
+        check_range(self.step_size is None or 0 < self.step_size <= 1, "step_size", self.step_size, "over 0, up to 1")
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Experiment:
     """One training run. Every attribute is a setting of the command line's ``--set``.
 
     Attributes:
-        data: a name in ``evocert.data.DATASETS``, or "npz" with ``data_path``.
+        data: a name in ``evocert.data.DATASETS`` ("npz" with ``data_path``), or the path of an ``.npz`` file.
         data_dir: folder of the torchvision data sets; None: the environment variable EVOCERT_DATA, else a cache folder.
         data_path: the ``.npz`` file of "npz".
         download: whether torchvision may download what is absent.
@@ -132,49 +150,122 @@ class Experiment:
     checkpoint_seconds: float = 30.0
     problem: str = ""
 
+    def __new__(cls, *args: Any, **settings: Any) -> "Experiment":
+        """Names are checked here, before Python complains of them in a TypeError."""
+        names = [f.name for f in dataclasses.fields(cls)]
+        for name in settings:
+            if name not in names:
+                near = nearest(name, names, 3)
+                raise InputError(f"no setting is called {name}: {_allowed(near, names)}")
+        return super().__new__(cls)
+
     def __post_init__(self) -> None:
         check_types(self)
         check_choice("bound", self.bound, BOUNDS)
         check_choice("method", self.method, METHODS)
         check_choice("ranking_method", self.ranking_method, RANKINGS)
         check_choice("select", self.select, SELECTIONS)
+        if not self.data.endswith(".npz"):
+            check_choice("data", self.data, DATASETS, ", or the path of an .npz file")
+        for name in _PATHS:
+            path = getattr(self, name)
+            check_range(path is None or (path != "" and "\0" not in path), name, path, "a path, or none")
+        self._check_network()
+        self._check_numbers()
+        self._check_optimizer()
+        self._check_schedules()
+        self._check_loggers()
+        if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
+            check_choice("device", self.device, ("auto", "cpu", "cuda", "cuda:0", "cuda:1"), " and so on")
+        parse_bytes(self.memory_budget)
+        check_range(
+            re.search(r"[/\\\x00-\x1f]", self.problem) is None and self.problem not in (".", ".."),
+            "problem",
+            self.problem,
+            "a name that a folder can have",
+        )
+
+    def _check_network(self) -> None:
         if isinstance(self.network, str):
             check_choice("network", self.network, NETWORKS)
-        if self.optimizer is not None:
-            check_choice("optimizer", self.optimizer, OPTIMIZERS)
-        for key in self.optimizer_config:
-            check_choice(
-                f"a name in optimizer_config of {self.optimizer}", key, OPTIMIZERS.get(self.optimizer or "", ())
-            )
+        if isinstance(self.network, nn.Module):
+            for name in ("width", "depth", "mean", "std"):
+                check_range(
+                    getattr(self, name) is None, name, getattr(self, name), "none: the network is a module already"
+                )
+        if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
+            raise InputError(f"mean={list(self.mean)}, std={list(self.std)}: allowed are lists of one length")
+        for name, lowest in (("mean", -math.inf), ("std", 0)):
+            values = getattr(self, name)
+            good = values is None or (len(values) > 0 and all(lowest < value < math.inf for value in values))
+            allowed = f"a finite number{' over 0' if name == 'std' else ''} for each channel"
+            check_range(good, name, None if values is None else list(values), allowed)
+
+    def _check_numbers(self) -> None:
         check_range(0 <= self.eps <= 1, "eps", self.eps, "0 to 1, in [0, 1] pixels")
-        check_range(self.train_eps is None or 0 <= self.train_eps <= 1, "train_eps", self.train_eps, "0 to 1")
+        check_range(0 <= self.radius <= 1, "train_eps", self.train_eps, "0 to 1, in [0, 1] pixels, or none")
         check_range(
             0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "over 0, under 1"
         )
-        for name in ("generations", "batch_size", "validations", "popsize"):
-            check_range(getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
-        for name in ("natural_every", "num_actors", "seed"):
-            check_range(getattr(self, name) >= 0, name, getattr(self, name), "0 or more")
+        for name in ("generations", "batch_size", "validations"):
+            check_range(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "1 or more, less than 2**31")
+        for name in ("natural_every", "num_actors"):
+            check_range(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "0 or more, less than 2**31")
         for name in ("width", "depth"):
-            check_range(getattr(self, name) is None or getattr(self, name) >= 1, name, getattr(self, name), "1 or more")
+            value = getattr(self, name)
+            check_range(value is None or 1 <= value <= 2**16, name, value, "1 to 65536, or none")
         for name in ("stdev_init", "center_learning_rate"):
             check_range(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number over 0")
         for name in ("stdev_learning_rate", "checkpoint_seconds"):
             check_range(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, 0 or more")
-        check_range(self.seed < 2**63, "seed", self.seed, "less than 2**63")
-        check_range(self.popsize >= 2, "popsize", self.popsize, "2 or more")
-        check_range(
-            not self.symmetric or self.popsize % 2 == 0, "popsize", self.popsize, "an even number, with symmetric=true"
-        )
-        changes_stdev = self.stdev_schedule != CONSTANT
-        if self.stdev_learning_rate > 0 and changes_stdev:
+        check_range(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, less than 2**63")
+        check_range(2 <= self.popsize < 2**31, "popsize", self.popsize, "2 or more, less than 2**31")
+        even = not self.symmetric or self.popsize % 2 == 0
+        check_range(even, "popsize", self.popsize, "an even number, with symmetric=true")
+
+    def _check_optimizer(self) -> None:
+        if self.optimizer is not None:
+            check_choice("optimizer", self.optimizer, OPTIMIZERS, ", none")
+        # None is EvoTorch's word for an option's default, and the only way to unset one by --set.
+        config = {key: value for key, value in self.optimizer_config.items() if value is not None}
+        allowed = OPTIMIZERS[self.optimizer] if self.optimizer else {}
+        for key, value in config.items():
+            check_choice(f"a name in optimizer_config of optimizer={self.optimizer}", key, allowed)
+            if allowed[key] is bool:
+                check_range(isinstance(value, bool), f"optimizer_config.{key}", value, "true or false")
+            else:
+                number = isinstance(value, int | float) and not isinstance(value, bool)
+                good, words = allowed[key]
+                check_range(number and good(value), f"optimizer_config.{key}", value, words)
+        if ("beta1" in config) != ("beta2" in config):
+            given, lacking = sorted(("beta1", "beta2"), key=lambda name: name not in config)
+            raise InputError(f"optimizer_config.{given}={config[given]}: allowed is together with {lacking} only")
+        if config.get("nesterov") and (not config.get("momentum") or config.get("dampening")):
+            raise InputError("optimizer_config.nesterov=True: allowed is with momentum over 0 and no dampening")
+        object.__setattr__(self, "optimizer_config", config)
+
+    def _check_schedules(self) -> None:
+        low, high = self.stdev_schedule.reach
+        if self.stdev_learning_rate > 0 and self.stdev_schedule != CONSTANT:
             raise InputError(
                 f"stdev_learning_rate={self.stdev_learning_rate} and a stdev_schedule both set sigma: allowed is one of them"
             )
-        if not (self.device in ("auto", "cpu", "cuda") or (self.device[:5] == "cuda:" and self.device[5:].isdecimal())):
-            raise InputError(f"device={self.device!r}: allowed are auto, cpu, cuda:0, cuda:1 and so on")
-        parse_bytes(self.memory_budget)
-        object.__setattr__(self, "optimizer_config", dict(self.optimizer_config))
+        check_range(low > 0, "stdev_schedule with the factor", low, "factors over 0: sigma must not vanish")
+        for name, value in (("stdev_schedule", self.stdev_init), ("learning_rate_schedule", self.center_learning_rate)):
+            high = getattr(self, name).reach[1]
+            check_range(high * value < math.inf, f"{name} with the factor", high, "a finite product with its setting")
+        high = self.eps_schedule.reach[1]
+        words = f"what keeps the radius in [0, 1]: it is {self.radius} times the factor"
+        check_range(self.radius * high <= 1, "eps_schedule with the factor", high, words)
+
+    def _check_loggers(self) -> None:
+        for logger in self.loggers:
+            name = logger[0] if isinstance(logger, tuple | list) and len(logger) == 2 else logger
+            if isinstance(name, str) and (name is logger or isinstance(logger[1], dict)):
+                check_choice("a name in loggers", name, LOGGERS, ", or a function of the searcher")
+            else:
+                words = "a name, (name, {arguments}), or a function of the searcher"
+                check_range(callable(logger), "one of loggers", logger, words)
 
     @property
     def radius(self) -> float:
@@ -188,7 +279,13 @@ class Experiment:
 
 @dataclass(frozen=True)
 class LoadedProblem:
-    """A problem file that was run, with the overrides applied."""
+    """A problem file that was run, with the overrides applied.
+
+    Attributes:
+        experiment: what it defines, after the overrides, paths absolute.
+        source: the bytes that were run.
+        overrides: as given, but for paths, which no longer depend on the current folder.
+    """
 
     experiment: Experiment
     source: bytes
@@ -213,110 +310,194 @@ def load_problem(
     Raises:
         InputError: the file is missing, is no Python, raises, or defines no experiment; or an override is wrong.
     """
-    if not path.is_file():
-        raise InputError(f"problem file {path}: no such file")
+    source = _read(path)
+    base = (base or path.parent).resolve()
+    imports = _Imports(base)
+    module = types.ModuleType("evocert_problem_" + hashlib.sha256(source + bytes(base)).hexdigest()[:16])
+    module.__file__ = str(path)
+    # Classes that the file defines must be found by name (pickling, dataclasses).
+    sys.modules[module.__name__] = module
+    try:
+        code = _compiled(source, path)
+        with _explained(path), imports.seen():
+            exec(code, module.__dict__)
+        experiment = getattr(module, "experiment", None)
+        if not isinstance(experiment, Experiment):
+            found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
+            raise InputError(
+                f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)"
+            )
+    except BaseException:
+        del sys.modules[module.__name__]
+        raise
+    # Paths in the file are relative to the file; paths on the command line to where the user is.
+    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*_PATHS, "data")}, base)
+    changes["problem"] = experiment.problem or name or path.stem
+    if not isinstance(experiment.network, str | nn.Module):
+        changes["network"] = _called_later(experiment.network, path, imports)
+    changes["loggers"] = [_called_later(f, path, imports) if callable(f) else f for f in experiment.loggers]
+    experiment = apply_overrides(dataclasses.replace(experiment, **changes), overrides)
+    return LoadedProblem(experiment, source, tuple(_recorded(override, experiment) for override in overrides))
+
+
+def _read(path: Path) -> bytes:
     if path.suffix != ".py":
         raise InputError(
             f"problem file {path}: allowed is a Python file (.py) that defines experiment = evocert.Experiment(...)"
         )
-    source = path.read_bytes()
-    base = (base or path.parent).resolve()
-    module = types.ModuleType(f"evocert_problem_{path.stem}")
-    module.__file__ = str(path)
-    sys.path.insert(0, str(base))
-    # Classes that the file defines must be found by name (pickling, dataclasses).
-    sys.modules[module.__name__] = module
     try:
-        exec(compile(source, str(path), "exec"), module.__dict__)
-    except InputError:
-        raise
+        return path.read_bytes()
+    except OSError as error:
+        raise InputError(f"problem file {path} cannot be read: {error.strerror}") from error
+
+
+def _compiled(source: bytes, path: Path) -> types.CodeType:
+    try:
+        return compile(source, str(path), "exec", dont_inherit=True)
     except SyntaxError as error:
-        raise InputError(f"problem file {path}, line {error.lineno}: no valid Python ({error.msg})") from error
+        line = "" if error.lineno is None else f", line {error.lineno}"
+        raise InputError(f"problem file {path}{line}: no valid Python ({error.msg})") from error
+    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, a thousand brackets
+        raise InputError(f"problem file {path}: no valid Python ({error or type(error).__name__})") from error
+
+
+@contextlib.contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    """Whatever a user's file raises, as one line that names the line in it."""
+    try:
+        yield
     except KeyboardInterrupt:
         raise
-    except BaseException as error:  # whatever a user's file does, SystemExit included
-        line = _line_in(error, path)
-        raise InputError(
-            f"problem file {path}{line} raised {type(error).__name__}: {' '.join(str(error).split())}"
-        ) from error
-    finally:
-        sys.path.remove(str(base))
-    experiment = getattr(module, "experiment", None)
-    if not isinstance(experiment, Experiment):
-        found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
-        raise InputError(f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)")
-    # Paths in the file are relative to the file; paths on the command line to where the user is.
-    for key in ("data_dir", "data_path", "init_from"):
-        if (value := getattr(experiment, key)) is not None:
-            experiment = dataclasses.replace(experiment, **{key: str(base / value)})
-    if not experiment.problem:
-        experiment = dataclasses.replace(experiment, problem=name or path.stem)
-    return LoadedProblem(apply_overrides(experiment, overrides), source, tuple(overrides))
+    except BaseException as error:  # SystemExit too
+        trace, line = error.__traceback__, ""
+        while trace is not None:
+            if trace.tb_frame.f_code.co_filename == str(path):
+                line = f", line {trace.tb_lineno}"
+            trace = trace.tb_next
+        text = " ".join(str(error).split())
+        what = text if isinstance(error, InputError) else f"{type(error).__name__}{text and ': '}{text}"
+        raise InputError(f"problem file {path}{line}: {what}") from error
+
+
+class _Imports:
+    """What a problem file imports from its own folder: seen by its own code only, not by another problem file's."""
+
+    def __init__(self, base: Path) -> None:
+        self._base = base
+        self._modules: dict[str, types.ModuleType] = {}
+
+    @contextlib.contextmanager
+    def seen(self) -> Iterator[None]:
+        path = list(sys.path)
+        sys.path.insert(0, str(self._base))
+        importlib.invalidate_caches()
+        before = {name: sys.modules.get(name) for name in self._modules}
+        sys.modules.update(self._modules)
+        known = sys.modules.keys() - self._modules.keys()
+        try:
+            yield
+        finally:
+            sys.path[:] = path
+            new = sys.modules.keys() - known
+            own = {top for top in {name.partition(".")[0] for name in new} - known if self._is_sibling(top)}
+            self._modules |= {name: sys.modules.pop(name) for name in new if name.partition(".")[0] in own}
+            sys.modules.update({name: module for name, module in before.items() if module is not None})
+
+    def _is_sibling(self, top: str) -> bool:
+        module = sys.modules.get(top)
+        folders = [str(folder) for folder in getattr(module, "__path__", ())]
+        file = getattr(module, "__file__", None)
+        return str(self._base / top) in folders or (file is not None and Path(file).parent == self._base)
+
+
+def _called_later(function: Callable[..., Any], path: Path, imports: _Imports) -> Callable[..., Any]:
+    """A function of a problem file, with the imports and the error messages that the file itself has."""
+
+    @functools.wraps(function, updated=())
+    def call(*args: Any, **kwargs: Any) -> Any:
+        with _explained(path), imports.seen():
+            return function(*args, **kwargs)
+
+    call.__qualname__ = plain(function)
+    return call
 
 
 def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
     """``KEY=VALUE`` settings on an experiment. KEY is a dotted name or, where that is unique, its last part.
 
-    All are applied before the result is validated, so that settings that belong together can be changed together.
+    All are applied before the result is validated, so that settings that belong together can be changed together. The last
+    of several for one setting counts. Relative paths are relative to the current folder.
 
     Raises:
         InputError: an unknown or ambiguous name, a wrong type, an impossible value.
     """
     changes: dict[str, Any] = {}
+    groups: dict[str, dict[str, Any]] = {}
     for override in overrides:
         key, separator, text = override.partition("=")
-        if not separator:
+        if not separator or not key.strip():
             raise InputError(f"--set {override}: allowed is KEY=VALUE")
-        group, name = _resolve(experiment, key.strip())
+        group, name, kind = _resolve(experiment, key.strip())
+        value = parse_setting(key.strip(), text, kind)
         if group is None:
-            changes[name] = parse_setting(name, text, type_of(Experiment, name))
-        elif group == "optimizer_config":
-            config = changes.get(group, dict(experiment.optimizer_config))
-            changes[group] = {
-                **config,
-                name: parse_setting(key, text, bool if name in ("amsgrad", "nesterov") else float),
-            }
+            changes[name] = value
         else:
-            value = parse_setting(key, text, type_of(type(getattr(experiment, group)), name))
-            changes.setdefault(group, {})[name] = value
-    for group in ("attack", "eps_schedule", "learning_rate_schedule", "stdev_schedule"):
-        if group in changes:
-            changes[group] = dataclasses.replace(getattr(experiment, group), **changes[group])
-    for key in ("data_dir", "data_path", "init_from"):
-        if changes.get(key) is not None:
-            changes[key] = str(Path(changes[key]).expanduser().resolve())
+            groups.setdefault(group, {})[name] = value
+    changes |= _absolute(changes, Path.cwd())
+    for group, values in groups.items():
+        before = getattr(experiment, group)
+        try:
+            changes[group] = (
+                {**before, **values} if isinstance(before, Mapping) else dataclasses.replace(before, **values)
+            )
+        except InputError as error:
+            raise InputError(f"{group}: {error}") from error
     return dataclasses.replace(experiment, **changes)
 
 
-def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str]:
-    names: dict[str, tuple[str | None, str]] = {}
+def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str, Any]:
+    """The group (or None), the name and the type of a setting."""
+    names: dict[str, tuple[str | None, str, Any]] = {}
     for outer in dataclasses.fields(Experiment):
         value = getattr(experiment, outer.name)
-        if dataclasses.is_dataclass(value):
-            names |= {f"{outer.name}.{inner.name}": (outer.name, inner.name) for inner in dataclasses.fields(value)}
-        elif outer.name == "optimizer_config":
-            options = {option for some in OPTIMIZERS.values() for option in some}
-            names |= {f"{outer.name}.{option}": (outer.name, option) for option in sorted(options)}
+        if outer.name == "optimizer_config":
+            inner = {
+                name: bool if kind is bool else float for some in OPTIMIZERS.values() for name, kind in some.items()
+            }
+            names |= {f"{outer.name}.{name}": (outer.name, name, kind | None) for name, kind in sorted(inner.items())}
+        elif dataclasses.is_dataclass(value):
+            kinds = {f.name: type_of(type(value), f.name) for f in dataclasses.fields(value)}
+            names |= {f"{outer.name}.{name}": (outer.name, name, kind) for name, kind in kinds.items()}
         else:
-            names[outer.name] = (None, outer.name)
+            names[outer.name] = (None, outer.name, type_of(Experiment, outer.name))
     if key in names:
         return names[key]
+    members = [name for name in names if name.startswith(f"{key}.")]
+    if members:
+        raise InputError(f"--set {key}: a group of settings, allowed is one of {', '.join(members)}")
     matches = [name for name in names if name.rpartition(".")[2] == key]
     if len(matches) == 1:
         return names[matches[0]]
     if matches:
         raise InputError(f"--set {key}: stands for several settings, allowed is one of {', '.join(matches)}")
     last_parts = {name.rpartition(".")[2]: name for name in names}
-    near = difflib.get_close_matches(key, [*names, *last_parts], n=3, cutoff=0.5)
-    nearest = list(dict.fromkeys(last_parts.get(name, name) for name in near)) or list(names)
-    raise InputError(f"--set {key}: no such setting; {'nearest are' if near else 'allowed are'} {', '.join(nearest)}")
+    near = dict.fromkeys(last_parts.get(name, name) for name in nearest(key, [*names, *last_parts], 3))
+    raise InputError(f"--set {key}: no such setting; {_allowed(list(near), list(names))}")
 
 
-def _line_in(error: BaseException, path: Path) -> str:
-    """Where in the user's own file an error comes from."""
-    trace, line = error.__traceback__, ""
-    while trace is not None:
-        if trace.tb_frame.f_code.co_filename == str(path):
-            line = f", line {trace.tb_lineno},"
-        trace = trace.tb_next
-    return line
+def _allowed(near: list[str], names: list[str]) -> str:
+    return f"nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"
+
+
+def _absolute(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
+    """Those settings that are paths, no longer relative."""
+    paths = {key: settings[key] for key in _PATHS if settings.get(key)}
+    if str(settings.get("data", "")).endswith(".npz"):
+        paths["data"] = settings["data"]
+    return {key: str((base / os.path.expanduser(path)).resolve()) for key, path in paths.items()}
+
+
+def _recorded(override: str, experiment: Experiment) -> str:
+    key = override.partition("=")[0].strip()
+    is_path = key in _PATHS or (key == "data" and experiment.data.endswith(".npz"))
+    return f"{key}={getattr(experiment, key)}" if is_path else override

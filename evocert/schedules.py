@@ -1,28 +1,28 @@
 """Schedules: how a setting changes over a run. Times are fractions of the run, so that any number of generations is valid.
 
-A schedule gives a factor; the setting's own value is what it multiplies. A new shape is one function and one line in
-``SHAPES``.
+A schedule gives a factor; the setting's own value is what it multiplies. Generation g of G (from 0) is at g / G. A new
+shape is one function and one line in ``SHAPES``.
 """
 
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from evocert.errors import InputError
+from evocert.settings import check_choice, check_range, check_types
 
 
 @dataclass(frozen=True)
 class Schedule:
-    """A factor that goes from ``first`` to ``last`` between two times, and stays at its ends before and after.
+    """A factor that goes from ``first`` to ``last`` between two times, monotone, and stays at its ends before and after.
 
     Attributes:
         shape: "constant" (``last``, always), "linear", "smooth", "step" or "cosine".
-        start, end: fractions of the run, 0 <= start <= end <= 1.
+        start, end: fractions of the run, 0 <= start <= end <= 1. If they are equal, the factor jumps there.
         first, last: the factors at the two times.
-        steps: of a "step" schedule: how many equal ratios lead from first to last.
+        steps: of "step": in how many jumps of equal ratio, at equal distances, it goes from first to last.
 
     Raises:
-        InputError: an unknown shape, or numbers out of range.
+        InputError: an unknown shape, a wrong type, or numbers out of range.
     """
 
     shape: str = "constant"
@@ -33,30 +33,30 @@ class Schedule:
     steps: int = 1
 
     def __post_init__(self) -> None:
-        if self.shape not in SHAPES:
-            raise InputError(f"shape={self.shape!r} of a schedule: allowed are {', '.join(SHAPES)}")
-        if not 0 <= self.start <= self.end <= 1:
-            raise InputError(f"a schedule from start={self.start} to end={self.end}: allowed is 0 <= start <= end <= 1")
-        if not (0 <= self.first < math.inf and 0 <= self.last < math.inf):
-            raise InputError(
-                f"a schedule's factors first={self.first}, last={self.last}: allowed are finite numbers >= 0"
-            )
-        if self.steps < 1:
-            raise InputError(f"steps={self.steps} of a schedule: allowed is 1 or more")
-        if self.shape == "step" and not (self.first > 0 and self.last > 0):
-            raise InputError(
-                f"a step schedule multiplies, from first={self.first} to last={self.last}: allowed are > 0"
-            )
+        check_types(self)
+        check_choice("shape", self.shape, SHAPES)
+        check_range(0 <= self.start <= self.end <= 1, "start, end", (self.start, self.end), "0 <= start <= end <= 1")
+        for name in ("first", "last"):
+            value = getattr(self, name)
+            check_range(0 <= value < math.inf, name, value, "a finite number, 0 or more")
+            check_range(self.shape != "step" or value > 0, name, value, "over 0: a step multiplies")
+        check_range(1 <= self.steps < 2**31, "steps", self.steps, "1 or more")
+
+    @property
+    def reach(self) -> tuple[float, float]:
+        """The least and the greatest factor of the run."""
+        first = self.last if self.shape == "constant" else self.first
+        return min(first, self.last), max(first, self.last)
 
     def __call__(self, fraction: float) -> float:
         """The factor at a fraction of the run, 0 to 1."""
-        if self.shape == "constant":
-            return self.last
-        if fraction >= self.end:
+        if self.shape == "constant" or fraction >= self.end:
             return self.last
         if fraction <= self.start:
-            return self.first if self.shape != "step" else _step(0.0, self)
-        return SHAPES[self.shape]((fraction - self.start) / (self.end - self.start), self)
+            return self.first
+        factor = SHAPES[self.shape]((fraction - self.start) / (self.end - self.start), self)
+        low, high = self.reach
+        return min(max(factor, low), high)  # rounding must not leave the range
 
 
 def _constant(progress: float, schedule: Schedule) -> float:
@@ -68,10 +68,11 @@ def _linear(progress: float, schedule: Schedule) -> float:
 
 
 def _smooth(progress: float, schedule: Schedule) -> float:
-    """Cubic at the start, straight after: continuous in value and slope, as the eps ramps of certified training are.
+    """Slow at first, straight after, value and slope continuous, as the eps ramps of certified training are.
 
-    With the bend at a quarter: ``a t^4`` until then, a line after it, and 1 at the end (the shape of auto_LiRPA's
-    "SmoothedScheduler", from its documentation; Xu et al. 2020, arXiv:2002.12920).
+    A multiple of ``t^4`` until a quarter of the way, then its tangent there, scaled to reach 1 at the end. So the slope is 0
+    at the start, which a linear ramp's is not. (The shape of auto_LiRPA's "SmoothedScheduler", from its documentation; Xu et
+    al. 2020, arXiv:2002.12920.)
     """
     bend = 0.25
     slope = 4 * bend**3  # of t^4 at the bend
@@ -81,12 +82,13 @@ def _smooth(progress: float, schedule: Schedule) -> float:
 
 
 def _step(progress: float, schedule: Schedule) -> float:
-    """``steps`` drops at equal distances, the first at the start, the last one step before the end."""
-    done = min(math.floor(progress * schedule.steps) + 1, schedule.steps)
+    """``first`` until one n-th of the way, then a jump at each n-th, the last one, to ``last``, at the end."""
+    done = math.floor(progress * schedule.steps + 1e-9)  # at 0.6 of 0.4 to 0.8, rounding must not delay the jump
     return schedule.first * (schedule.last / schedule.first) ** (done / schedule.steps)
 
 
 def _cosine(progress: float, schedule: Schedule) -> float:
+    """Half a cosine: slow at both ends, fastest in the middle."""
     return schedule.last + (schedule.first - schedule.last) * (1 + math.cos(math.pi * progress)) / 2
 
 

@@ -1,8 +1,26 @@
+"""Scikit-learn's handwritten digits (8x8, nothing to download): CNN3 certified at eps = 0.05, evolved from random weights.
+
+    evocert run problems/digits_cnn3.py
+"""
+
 import evocert
 
 experiment = evocert.Experiment(
-    data="digits", network="cnn3", width=4, mean=[0.305], std=[0.376], eps=0.05,
-    generations=3000, batch_size=64, popsize=64, stdev_init=0.02, center_learning_rate=0.01,
-    eps_schedule=evocert.Schedule("linear", end=0.4, first=0.0), natural_every=10,
-    learning_rate_schedule=evocert.Schedule("cosine", start=0.6, last=0.1),
+    data="digits",  # 1,797 images; 20 % of them are the test part
+    network="cnn3",
+    width=4,  # D = 954: with n pairs a step's signal is about sqrt(n / D) of its length, so D is kept small
+    mean=[0.305],  # of the training images, in [0, 1] pixels
+    std=[0.376],
+    eps=0.05,  # of [0, 1]; a pixel here has 17 grey levels, so this is 0.8 of a level
+    bound="ibp",
+    method="pgpe",
+    generations=10_000,  # about a minute and a half on two cores; half of it loses about two points
+    popsize=64,  # 32 antithetic pairs: more generations with few members beat fewer with many
+    batch_size=64,  # the noise of 64 images is below that of 32 pairs
+    stdev_init=0.02,  # sigma: 0.05 certified 15 points less, since noise on the weights widens every interval
+    center_learning_rate=0.005,  # Adam; at 0.015 the centre does not settle once eps is full
+    eps_schedule=evocert.Schedule("linear", end=0.4, first=0.0),  # from the natural loss to the full radius
+    learning_rate_schedule=evocert.Schedule("cosine", start=0.3, last=0.02),
+    natural_every=10,  # the natural loss is a figure to watch, and costs a forward pass
+    select="last",  # 143 validation images are too few to choose by: their accuracy has a standard error of 3 points
 )
