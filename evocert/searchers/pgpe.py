@@ -9,6 +9,7 @@ from evotorch.algorithms import PGPE as EvoTorchPGPE  # noqa: N811 (two classes 
 from evotorch.distributions import Distribution
 from torch import Tensor
 
+from evocert.errors import InputError
 from evocert.experiment import Experiment
 from evocert.problem import CertifiedTraining
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
@@ -42,8 +43,16 @@ class PGPE(EvoTorchPGPE):
         optimizer_config: what it takes besides the learning rate (adam: beta1, beta2, epsilon, amsgrad).
         ranking_method: "raw", "centered", "linear", "nes" or "normalized".
         symmetric: antithetic pairs.
-        more: whatever else EvoTorch's PGPE takes.
+        more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
+
+    Raises:
+        InputError, ValueError: a setting that EvoTorch or this class refuses.
     """
+
+    # EvoTorch's own attributes, which it does not annotate.
+    _distribution: Distribution
+    _population: Any
+    _first_iter: bool
 
     def __init__(
         self,
@@ -59,6 +68,8 @@ class PGPE(EvoTorchPGPE):
         symmetric: bool = True,
         **more: Any,
     ) -> None:
+        if "num_interactions" in more or "popsize_max" in more:
+            raise InputError("num_interactions and popsize_max are for reinforcement learning: allowed is a fixed popsize")
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(
@@ -73,13 +84,10 @@ class PGPE(EvoTorchPGPE):
             symmetric=symmetric,
             **more,
         )
-        given: Distribution = self._distribution
-        self._distribution: Distribution = given
+        given = self._distribution
         if stdev_learning_rate == 0:
             kind = FixedSymmetricGaussian if symmetric else FixedGaussian
             self._distribution = kind(given.parameters, dtype=given.dtype, device=given.device)
-        self._population: SolutionBatch | None = None
-        self._first_iter: bool = True
         self._before_sampling: Tensor | None = None  # the generator's state from which the population was drawn
         self._speed_per_rate: float = 2.0  # ClipUp's max_speed follows its learning rate
         if optimizer == "clipup":
@@ -153,7 +161,10 @@ class PGPE(EvoTorchPGPE):
             group["max_speed"] = rate * self._speed_per_rate
 
     def set_stdev(self, stdev: float) -> None:
-        """Sigma from the next population on. With ranks or weights of the mean only: the sigma of old samples is not used."""
+        """Sigma from the next population on.
+
+        The pending population's gradient stays right if sigma has no learning rate: the centre's does not contain sigma.
+        """
         sigma = torch.full_like(self._distribution.sigma, stdev)
         self._distribution = self._distribution.modified_copy(sigma=sigma)
 

@@ -1,0 +1,65 @@
+"""Every problem file runs, for a few generations on small settings: on real data where a copy is at hand."""
+
+import json
+import os
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from evocert.display import Silent
+from evocert.experiment import load_problem
+from evocert.training import start
+
+PROBLEMS = Path(__file__).parent.parent / "problems"
+SHORT = ["generations=2", "popsize=4", "validations=1", "attack.steps=2", "attack.restarts=1"]
+
+
+def run(name, tmp_path, *more):
+    _, results = start(PROBLEMS / f"{name}.py", [*SHORT, *more], tmp_path / "run", Silent())
+    assert (tmp_path / "run" / "network.onnx").stat().st_size > 1000
+    return results
+
+
+def images(path, shape, classes, dtype):
+    """An .npz of random images, 60 of each part."""
+    generator = np.random.default_rng(0)
+    arrays = {}
+    for part in ("train", "test"):
+        pixels = generator.integers(0, 256, (60, *shape))
+        arrays[f"x_{part}"] = pixels.astype(np.uint8) if dtype == np.uint8 else (pixels / 255).astype(dtype)
+        arrays[f"y_{part}"] = np.arange(60) % classes
+    np.savez(path, **arrays)
+
+
+def test_digits(tmp_path):
+    assert run("digits_cnn3", tmp_path)["examples"] == 359
+
+
+@pytest.mark.slow
+@pytest.mark.skipif("EVOCERT_DATA" not in os.environ, reason="EVOCERT_DATA names no folder with MNIST and Fashion-MNIST")
+@pytest.mark.parametrize(("name", "eps"), [("mnist_cnn3", 0.1), ("fashion_cnn3", 0.1)])
+def test_torchvision_data(name, eps, tmp_path):
+    results = run(name, tmp_path, "download=false", "batch_size=64")
+    assert results["examples"] == 10_000
+    assert results["eps"] == eps
+
+
+def test_cifar10_on_an_npz(tmp_path):
+    images(tmp_path / "subset.npz", (3, 32, 32), 10, np.uint8)
+    results = run("cifar10_cnn3", tmp_path, "data=npz", f"data_path={tmp_path / 'subset.npz'}", "batch_size=8")
+    assert results["examples"] == 60
+    assert results["eps"] == pytest.approx(2 / 255)
+    config = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert config["data_path"] == str(tmp_path / "subset.npz")
+
+
+@pytest.mark.parametrize("dtype", [np.uint8, np.float64])
+def test_own_data(tmp_path, dtype):
+    """The template, with images that are no squares and four classes."""
+    images(tmp_path / "mine.npz", (2, 6, 10), 4, dtype)
+    assert run("own_data", tmp_path, f"data_path={tmp_path / 'mine.npz'}", "batch_size=8")["examples"] == 60
+
+
+def test_own_data_looks_beside_itself():
+    assert load_problem(PROBLEMS / "own_data.py").experiment.data_path == str(PROBLEMS.resolve() / "my_images.npz")
