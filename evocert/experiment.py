@@ -1,16 +1,11 @@
 """``Experiment``: the frozen, typed and validated description of one run, as a problem file defines it."""
 
-import contextlib
 import dataclasses
-import functools
 import hashlib
-import importlib
 import math
 import os
 import re
-import sys
-import types
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,6 +20,7 @@ from evocert.networks import NETWORKS
 from evocert.schedules import CONSTANT, Schedule
 from evocert.searchers import METHODS
 from evocert.settings import check_choice, check_range, check_types, nearest, parse_setting, plain, type_of
+from evocert.user_files import UserFile
 
 # For each optimizer its options: a flag, or a number with a check and its words.
 _DECAY = (lambda value: 0 <= value < 1, "0 or more, less than 1")
@@ -310,116 +306,19 @@ def load_problem(
     Raises:
         InputError: the file is missing, is no Python, raises, or defines no experiment; or an override is wrong.
     """
-    source = _read(path)
-    base = (base or path.parent).resolve()
-    imports = _Imports(base)
-    module = types.ModuleType("evocert_problem_" + hashlib.sha256(source + bytes(base)).hexdigest()[:16])
-    module.__file__ = str(path)
-    # Classes that the file defines must be found by name (pickling, dataclasses).
-    sys.modules[module.__name__] = module
-    try:
-        code = _compiled(source, path)
-        with _explained(path), imports.seen():
-            exec(code, module.__dict__)
-        experiment = getattr(module, "experiment", None)
-        if not isinstance(experiment, Experiment):
-            found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
-            raise InputError(
-                f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)"
-            )
-    except BaseException:
-        del sys.modules[module.__name__]
-        raise
+    file = UserFile(path, base)
+    experiment = file.run().get("experiment")
+    if not isinstance(experiment, Experiment):
+        found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
+        raise InputError(f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)")
     # Paths in the file are relative to the file; paths on the command line to where the user is.
-    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*_PATHS, "data")}, base)
+    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*_PATHS, "data")}, file.base)
     changes["problem"] = experiment.problem or name or path.stem
     if not isinstance(experiment.network, str | nn.Module):
-        changes["network"] = _called_later(experiment.network, path, imports)
-    changes["loggers"] = [_called_later(f, path, imports) if callable(f) else f for f in experiment.loggers]
+        changes["network"] = file.function(experiment.network)
+    changes["loggers"] = [file.function(f) if callable(f) else f for f in experiment.loggers]
     experiment = apply_overrides(dataclasses.replace(experiment, **changes), overrides)
-    return LoadedProblem(experiment, source, tuple(_recorded(override, experiment) for override in overrides))
-
-
-def _read(path: Path) -> bytes:
-    if path.suffix != ".py":
-        raise InputError(
-            f"problem file {path}: allowed is a Python file (.py) that defines experiment = evocert.Experiment(...)"
-        )
-    try:
-        return path.read_bytes()
-    except OSError as error:
-        raise InputError(f"problem file {path} cannot be read: {error.strerror}") from error
-
-
-def _compiled(source: bytes, path: Path) -> types.CodeType:
-    try:
-        return compile(source, str(path), "exec", dont_inherit=True)
-    except SyntaxError as error:
-        line = "" if error.lineno is None else f", line {error.lineno}"
-        raise InputError(f"problem file {path}{line}: no valid Python ({error.msg})") from error
-    except (ValueError, RecursionError, MemoryError) as error:  # null bytes, a thousand brackets
-        raise InputError(f"problem file {path}: no valid Python ({error or type(error).__name__})") from error
-
-
-@contextlib.contextmanager
-def _explained(path: Path) -> Iterator[None]:
-    """Whatever a user's file raises, as one line that names the line in it."""
-    try:
-        yield
-    except KeyboardInterrupt:
-        raise
-    except BaseException as error:  # SystemExit too
-        trace, line = error.__traceback__, ""
-        while trace is not None:
-            if trace.tb_frame.f_code.co_filename == str(path):
-                line = f", line {trace.tb_lineno}"
-            trace = trace.tb_next
-        text = " ".join(str(error).split())
-        what = text if isinstance(error, InputError) else f"{type(error).__name__}{text and ': '}{text}"
-        raise InputError(f"problem file {path}{line}: {what}") from error
-
-
-class _Imports:
-    """What a problem file imports from its own folder: seen by its own code only, not by another problem file's."""
-
-    def __init__(self, base: Path) -> None:
-        self._base = base
-        self._modules: dict[str, types.ModuleType] = {}
-
-    @contextlib.contextmanager
-    def seen(self) -> Iterator[None]:
-        path = list(sys.path)
-        sys.path.insert(0, str(self._base))
-        importlib.invalidate_caches()
-        before = {name: sys.modules.get(name) for name in self._modules}
-        sys.modules.update(self._modules)
-        known = sys.modules.keys() - self._modules.keys()
-        try:
-            yield
-        finally:
-            sys.path[:] = path
-            new = sys.modules.keys() - known
-            own = {top for top in {name.partition(".")[0] for name in new} - known if self._is_sibling(top)}
-            self._modules |= {name: sys.modules.pop(name) for name in new if name.partition(".")[0] in own}
-            sys.modules.update({name: module for name, module in before.items() if module is not None})
-
-    def _is_sibling(self, top: str) -> bool:
-        module = sys.modules.get(top)
-        folders = [str(folder) for folder in getattr(module, "__path__", ())]
-        file = getattr(module, "__file__", None)
-        return str(self._base / top) in folders or (file is not None and Path(file).parent == self._base)
-
-
-def _called_later(function: Callable[..., Any], path: Path, imports: _Imports) -> Callable[..., Any]:
-    """A function of a problem file, with the imports and the error messages that the file itself has."""
-
-    @functools.wraps(function, updated=())
-    def call(*args: Any, **kwargs: Any) -> Any:
-        with _explained(path), imports.seen():
-            return function(*args, **kwargs)
-
-    call.__qualname__ = plain(function)
-    return call
+    return LoadedProblem(experiment, file.source, tuple(_recorded(override, experiment) for override in overrides))
 
 
 def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:

@@ -2,8 +2,6 @@
 
 import contextlib
 import dataclasses
-import inspect
-import logging
 import os
 import signal
 import time
@@ -11,19 +9,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 import evocert
-from evocert import bounds, evaluation, networks, searchers
-from evocert.data import Dataset, channel_statistics, load
+from evocert import bounds, evaluation, networks
 from evocert.display import Display
 from evocert.errors import InputError
-from evocert.experiment import Experiment, LoadedProblem, load_problem
+from evocert.experiment import LoadedProblem, load_problem
 from evocert.export.onnx import export_onnx
 from evocert.logging import attach_loggers, close_loggers
 from evocert.memory import parse_bytes
-from evocert.problem import CertifiedTraining
+from evocert.parts import Parts, build
 from evocert.runs import Run, environment, warn
 
 ONNX_IMAGES = 100  # test images on which the exported file is compared with torch
@@ -47,7 +43,7 @@ def start(
         Interrupted: stopped by the user, after a checkpoint.
     """
     loaded = load_problem(problem, overrides)
-    parts = _build(loaded.experiment)
+    parts = build(loaded.experiment)
     run = Run.create(run_dir, loaded.experiment.problem)
     with contextlib.closing(run):
         run.write_bytes("problem.py", loaded.source)
@@ -70,67 +66,14 @@ def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
             raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
         config = run.read_config()
         loaded = _reload(run, config)
-        parts = _build(loaded.experiment, bounds.Tile(**config["tile"]))
+        parts = build(loaded.experiment, bounds.Tile(**config["tile"]))
         if parts.device.type != config["device_type"]:
             warn(f"the run began on {config['device_type']} and goes on on {parts.device.type}: its bits will differ")
         state = run.load_checkpoint(warn)
         return run, _train(parts, run, state, display)
 
 
-@dataclasses.dataclass
-class _Parts:
-    """All that a run is made of, built from its experiment alone."""
-
-    experiment: Experiment
-    device: torch.device
-    data: Dataset
-    module: nn.Module
-    problem: CertifiedTraining
-    searcher: Any
-
-
-def _build(experiment: Experiment, tile: bounds.Tile | None = None) -> _Parts:
-    device = _device(experiment)
-    data = load(
-        experiment.data,
-        data_dir=experiment.data_dir,
-        data_path=experiment.data_path,
-        download=experiment.download,
-        validation_fraction=experiment.validation_fraction,
-        seed=experiment.seed,
-    )
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(experiment.seed)
-        module = _module(experiment, data)
-    fraction = 1 / experiment.generations
-    problem = CertifiedTraining(
-        module,
-        data.train,
-        eps=lambda generation: experiment.radius * experiment.eps_schedule(generation * fraction),
-        bound=experiment.bound,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        natural_every=experiment.natural_every,
-        memory_budget=experiment.memory_budget,
-        tile=tile,
-        device=device,
-        num_actors=experiment.num_actors,
-    )
-    if problem.network.num_classes < data.num_classes:
-        raise InputError(
-            f"the network has {problem.network.num_classes} outputs and data={experiment.data!r} {data.num_classes} classes: "
-            f"allowed are {data.num_classes} outputs or more"
-        )
-    if experiment.init_from is not None:
-        networks.with_parameters(module, _warm_start(Path(experiment.init_from), problem.network.num_parameters))
-    if experiment.num_actors > 1:
-        _start_ray(experiment.num_actors)
-    bounds.give_threads_to_tiles()
-    searcher = searchers.method(experiment.method).configured(problem, experiment)
-    return _Parts(experiment, device, data, module, problem, searcher)
-
-
-def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Display) -> dict[str, Any]:
+def _train(parts: Parts, run: Run, state: dict[str, Any] | None, display: Display) -> dict[str, Any]:
     """The loop. ``state`` is the checkpoint to go on from, or None."""
     experiment, searcher = parts.experiment, parts.searcher
     last = experiment.generations
@@ -178,24 +121,24 @@ def _train(parts: _Parts, run: Run, state: dict[str, Any] | None, display: Displ
                     saved = now
                 if interrupted:
                     raise Interrupted(run.path)
-            display.stop()
-            if searcher._end_of_run_hook:
-                searcher._end_of_run_hook(dict(searcher.status))
-            assert best is not None, "the last generation is always validated"
-            chosen = best["centre"] if experiment.select == "best" else searcher.status["center"].as_subclass(Tensor)
-            results = _finish(parts, run, chosen, seconds, display)
-            if interrupted:
-                raise Interrupted(run.path)
+        display.stop()
+        if searcher._end_of_run_hook:
+            searcher._end_of_run_hook(dict(searcher.status))
+        assert best is not None, "the last generation is always validated"
+        chosen = best["centre"] if experiment.select == "best" else searcher.status["center"].as_subclass(Tensor)
+        results = _finish(parts, run, chosen, seconds, display)
+    except KeyboardInterrupt as interrupt:  # in the evaluation, which resume does again, or a second Ctrl-C
+        raise Interrupted(run.path) from interrupt
     finally:
         display.stop()
         close_loggers(loggers, run.path)
-        if experiment.num_actors > 1:
+        if parts.problem.actors is not None:
             parts.problem.kill_actors()
     run.write_json("results.json", results)
     return results
 
 
-def _log_generation(parts: _Parts, run: Run, generation: int, seconds: float, display: Display) -> None:
+def _log_generation(parts: Parts, run: Run, generation: int, seconds: float, display: Display) -> None:
     status, problem = parts.searcher.status, parts.problem
     row = {
         "event": "generation",
@@ -216,9 +159,7 @@ def _log_generation(parts: _Parts, run: Run, generation: int, seconds: float, di
     display.generation(generation, row["mean_eval"], row["eps"], row["sigma"])
 
 
-def _validate(
-    parts: _Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display
-) -> dict[str, Any]:
+def _validate(parts: Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display) -> dict[str, Any]:
     """Validate the centre at the full eps; returns the better of it and the best so far, the later one if they are equal."""
     experiment = parts.experiment
     centre = parts.searcher.status["center"].as_subclass(Tensor).detach().clone()
@@ -239,7 +180,7 @@ def _validate(
     return {"centre": centre.cpu(), "generation": generation, "natural": natural, "certified": certified}
 
 
-def _finish(parts: _Parts, run: Run, centre: Tensor, seconds: float, display: Display) -> dict[str, Any]:
+def _finish(parts: Parts, run: Run, centre: Tensor, seconds: float, display: Display) -> dict[str, Any]:
     """Evaluate the chosen centre on the test part, and write the network."""
     experiment, test = parts.experiment, parts.data.test
     module = networks.with_parameters(parts.module, centre).to(parts.device)
@@ -273,85 +214,7 @@ def _finish(parts: _Parts, run: Run, centre: Tensor, seconds: float, display: Di
     }
 
 
-def _module(experiment: Experiment, data: Dataset) -> nn.Module:
-    """The experiment's network, with its own initialisation."""
-    if isinstance(experiment.network, nn.Module):
-        return experiment.network
-    if isinstance(experiment.network, str):
-        build: Any = networks.NETWORKS[experiment.network]
-    else:
-        build = experiment.network
-    taken = inspect.signature(build).parameters
-    options: dict[str, Any] = {}
-    if "mean" in taken or "std" in taken:
-        measured = channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
-        options["mean"], options["std"] = experiment.mean or measured[0], experiment.std or measured[1]
-        channels = data.image_shape[0]
-        for name in ("mean", "std"):
-            if len(options[name]) != channels:
-                raise InputError(
-                    f"{name}={options[name]}: the images have {channels} channels, one number for each is allowed"
-                )
-    for name in ("width", "depth"):
-        if (value := getattr(experiment, name)) is not None:
-            if name not in taken:
-                raise InputError(f"{name}={value}: the network {experiment.settings()['network']} has no {name}")
-            options[name] = value
-    module = build(data.image_shape, data.num_classes, **options)
-    if not isinstance(module, nn.Module):
-        raise InputError(f"network gives a {type(module).__name__}: allowed is a torch.nn.Module")
-    return module
-
-
-def _device(experiment: Experiment) -> torch.device:
-    """The device of a run, made deterministic."""
-    name = experiment.device
-    if name == "auto":
-        name = "cuda:0" if torch.cuda.is_available() and experiment.num_actors < 2 else "cpu"
-    device = torch.device("cuda:0" if name == "cuda" else name)
-    if device.type == "cuda":
-        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
-            raise InputError(
-                f"device={experiment.device}: no such CUDA device here, allowed are cpu and {_cuda_devices()}"
-            )
-        if experiment.num_actors > 1:
-            raise InputError(
-                f"num_actors={experiment.num_actors} with device={experiment.device}: allowed is device=cpu"
-            )
-        # Bit for bit the same on every run: before the first CUDA call.
-        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-        torch.use_deterministic_algorithms(True)
-        torch.backends.cudnn.benchmark = False
-        torch.backends.cudnn.allow_tf32 = False
-    return device
-
-
-def _cuda_devices() -> str:
-    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    return ", ".join(f"cuda:{i}" for i in range(count)) or "no CUDA device (torch finds none)"
-
-
-def _start_ray(actors: int) -> None:
-    import ray
-
-    if not ray.is_initialized():
-        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
-
-
-def _warm_start(path: Path, parameters: int) -> Tensor:
-    """The network that another run has chosen, as ``[D]``."""
-    if not path.is_dir():
-        raise InputError(f"init_from={path}: no such run folder")
-    state = Run(path).load_checkpoint(warn)
-    if state is None or state["best"] is None:
-        raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
-    centre: Tensor = state["best"]["centre"]
-    if len(centre) != parameters:
-        raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
-    return centre
-
-
-def _config(loaded: LoadedProblem, problem: Path, parts: _Parts, run: Run) -> dict[str, Any]:
+def _config(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict[str, Any]:
     return {
         **loaded.experiment.settings(),
         "tile": parts.problem.tile._asdict(),

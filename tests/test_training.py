@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from evocert import networks, training
-from evocert.data import load
+from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
 from evocert.runs import CHECKPOINT, Run
@@ -117,7 +117,7 @@ class TestRecords:
         config = json.loads((reference / "config.json").read_text())
         assert config["mean"] is None
         data = load("digits")
-        statistics = training.channel_statistics(data.train)
+        statistics = channel_statistics(data.train)
         module[0] = networks.Normalize(*statistics)
         networks.with_parameters(module, state["best"]["centre"])
         images = data.test.batch(slice(0, 5))[0]
@@ -231,6 +231,16 @@ class TestResume:
         resume(folder, _Stopping(12, _kill))
         assert outcome(folder) == outcome(reference)
         assert same(before, checkpoint(folder))
+
+    def test_after_ctrl_c_while_it_is_evaluated(self, problem, tmp_path, reference, monkeypatch):
+        folder = tmp_path / "stopped"
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "export_onnx", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+            with pytest.raises(Interrupted):
+                start(problem, [], folder, Silent())
+        assert not (folder / "results.json").exists()
+        resume(folder, Silent())
+        assert outcome(folder) == outcome(reference)
 
     def test_falls_back_to_the_previous_checkpoint(self, problem, tmp_path, reference, capsys):
         folder = tmp_path / "damaged"

@@ -1,0 +1,154 @@
+"""What a run is made of, built from its experiment alone: device, data, network, problem, searcher."""
+
+import dataclasses
+import inspect
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from evocert import bounds, networks, searchers
+from evocert.data import Dataset, channel_statistics, load
+from evocert.errors import InputError
+from evocert.experiment import Experiment
+from evocert.problem import CertifiedTraining
+from evocert.runs import Run, warn
+
+
+@dataclasses.dataclass
+class Parts:
+    """All that a run is made of."""
+
+    experiment: Experiment
+    device: torch.device
+    data: Dataset
+    module: nn.Module
+    problem: CertifiedTraining
+    searcher: Any
+
+
+def build(experiment: Experiment, tile: bounds.Tile | None = None) -> Parts:
+    """The parts of a run; the tile is chosen if it is not given.
+
+    Raises:
+        InputError, UnsupportedLayer: whatever in the experiment cannot be had here.
+    """
+    device = _device(experiment)
+    data = load(
+        experiment.data,
+        data_dir=experiment.data_dir,
+        data_path=experiment.data_path,
+        download=experiment.download,
+        validation_fraction=experiment.validation_fraction,
+        seed=experiment.seed,
+    )
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(experiment.seed)
+        module = _module(experiment, data)
+    fraction = 1 / experiment.generations
+    problem = CertifiedTraining(
+        module,
+        data.train,
+        eps=lambda generation: experiment.radius * experiment.eps_schedule(generation * fraction),
+        bound=experiment.bound,
+        batch_size=experiment.batch_size,
+        seed=experiment.seed,
+        natural_every=experiment.natural_every,
+        memory_budget=experiment.memory_budget,
+        tile=tile,
+        device=device,
+        num_actors=experiment.num_actors,
+    )
+    if problem.network.num_classes < data.num_classes:
+        raise InputError(
+            f"the network has {problem.network.num_classes} outputs and data={experiment.data!r} {data.num_classes} classes: "
+            f"allowed are {data.num_classes} outputs or more"
+        )
+    if experiment.init_from is not None:
+        networks.with_parameters(module, _warm_start(Path(experiment.init_from), problem.network.num_parameters))
+    if experiment.num_actors > 1:
+        _start_ray(experiment.num_actors)
+    bounds.give_threads_to_tiles()
+    searcher = searchers.method(experiment.method).configured(problem, experiment)
+    return Parts(experiment, device, data, module, problem, searcher)
+
+
+def _module(experiment: Experiment, data: Dataset) -> nn.Module:
+    """The experiment's network, with its own initialisation."""
+    if isinstance(experiment.network, nn.Module):
+        return experiment.network
+    if isinstance(experiment.network, str):
+        build: Any = networks.NETWORKS[experiment.network]
+    else:
+        build = experiment.network
+    taken = inspect.signature(build).parameters
+    options: dict[str, Any] = {}
+    if "mean" in taken or "std" in taken:
+        measured = channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
+        options["mean"], options["std"] = experiment.mean or measured[0], experiment.std or measured[1]
+        channels = data.image_shape[0]
+        for name in ("mean", "std"):
+            if len(options[name]) != channels:
+                raise InputError(
+                    f"{name}={options[name]}: the images have {channels} channels, one number for each is allowed"
+                )
+    for name in ("width", "depth"):
+        if (value := getattr(experiment, name)) is not None:
+            if name not in taken:
+                raise InputError(f"{name}={value}: the network {experiment.settings()['network']} has no {name}")
+            options[name] = value
+    module = build(data.image_shape, data.num_classes, **options)
+    if not isinstance(module, nn.Module):
+        raise InputError(f"network gives a {type(module).__name__}: allowed is a torch.nn.Module")
+    return module
+
+
+def _device(experiment: Experiment) -> torch.device:
+    """The device of a run, made deterministic."""
+    name = experiment.device
+    if name == "auto":
+        name = "cuda:0" if torch.cuda.is_available() and experiment.num_actors < 2 else "cpu"
+    device = torch.device("cuda:0" if name == "cuda" else name)
+    if device.type == "cuda":
+        if not torch.cuda.is_available() or (device.index or 0) >= torch.cuda.device_count():
+            raise InputError(
+                f"device={experiment.device}: no such CUDA device here, allowed are cpu and {_cuda_devices()}"
+            )
+        if experiment.num_actors > 1:
+            raise InputError(
+                f"num_actors={experiment.num_actors} with device={experiment.device}: allowed is device=cpu"
+            )
+        # Bit for bit the same on every run: before the first CUDA call.
+        os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+        torch.use_deterministic_algorithms(True)
+        torch.backends.cudnn.benchmark = False
+        torch.backends.cudnn.allow_tf32 = False
+    return device
+
+
+def _cuda_devices() -> str:
+    count = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    return ", ".join(f"cuda:{i}" for i in range(count)) or "no CUDA device (torch finds none)"
+
+
+def _start_ray(actors: int) -> None:
+    import ray
+
+    if not ray.is_initialized():
+        ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
+
+
+def _warm_start(path: Path, parameters: int) -> Tensor:
+    """The network that another run has chosen, as ``[D]``."""
+    if not path.is_dir():
+        raise InputError(f"init_from={path}: no such run folder")
+    state = Run(path).load_checkpoint(warn)
+    if state is None or state["best"] is None:
+        raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
+    centre: Tensor = state["best"]["centre"]
+    if len(centre) != parameters:
+        raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
+    return centre
