@@ -35,11 +35,10 @@ def test_accuracies_are_fractions_of_all_images(line):
 
 
 def test_boxes_are_clipped_to_pixels(line):
-    """At eps = 0.3 the first image's box ends at 1: the margin's bound is (0.4) - (0.5), but at a pixel of 0.95 it is positive."""
     module, part = line
     bright = Part(torch.tensor([0.95, 0.0]).reshape(1, 1, 1, 2), part.labels[:1], part.indices[:1], 1.0)
     network, parameters = read_network(module, (1, 1, 2)), flat_parameters(module)
-    # Unclipped, the margin could fall by 0.94 too, so widen until only the clipped side decides: a in [0.48, 1], b in [0, 0.47]
+    # a in [0.48, 1], b in [0, 0.47]: the margin is at least 0.01. At 0.48 it is a in [0.47, 1], b in [0, 0.48].
     assert evaluate(module, network, parameters, bright, 0.47).certified["ibp"] == 1.0
     assert evaluate(module, network, parameters, bright, 0.48).certified["ibp"] == 0.0
 
@@ -58,7 +57,7 @@ def test_a_contradiction_stops_and_asks_for_a_report(line, monkeypatch):
     module, part = line
     everything = lambda module, images, labels, eps, **more: Attack(images, torch.ones(len(images), dtype=torch.bool))  # noqa: E731
     monkeypatch.setattr(evaluation, "pgd", everything)
-    with pytest.raises(ContradictionError, match="example 0 .* certified by ibp and yet attacked .* please report"):
+    with pytest.raises(ContradictionError, match=r"example 0 .* certified by ibp and yet attacked .* please report"):
         evaluate(module, read_network(module, (1, 1, 2)), flat_parameters(module), part, 0.1)
 
 

@@ -161,7 +161,7 @@ class TestRecords:
         best = checkpoint(reference)["best"]["centre"]
         moved = (checkpoint(folder)["searcher"]["mu"] - best).abs()
         assert 0 < moved.max() <= 0.021  # one step of Adam
-        with pytest.raises(InputError, match="its network has .* parameters, this one"):
+        with pytest.raises(InputError, match=r"its network has .* parameters, this one"):
             start(problem, [f"init_from={reference}", "width=3"], tmp_path / "wide", Silent())
         with pytest.raises(InputError, match="no such run folder"):
             start(problem, ["init_from=absent"], tmp_path / "absent", Silent())

@@ -195,6 +195,10 @@ def dense_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
     """Weight ``[P, O, I]``, bias ``[P, O]`` or none, x ``[1 or P, B, ...]`` of I entries -> ``[P, B, O]``."""
     members, outputs, inputs = weight.shape
     x = x.flatten(2)
+    if inputs % 16:
+        # Rounding depends on how a matrix lies to the cache lines; in [P, B, I] order a member's matrix lies alike wherever
+        # the member is among the others, as B is a multiple of 16 (tiles.LANES).
+        x = x.contiguous()
     if len(x) < members:  # what all members share: one large product instead of P small ones
         flat = None if bias is None else bias.reshape(-1)
         product = F.linear(x[0], weight.reshape(members * outputs, inputs), flat)

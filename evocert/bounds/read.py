@@ -187,13 +187,16 @@ class _Reader:
         self.module, self.offsets, self.shape = module, offsets, shape
         self.layers: list[Layer] = []
         self.current: torch.fx.Node | None = None
-        self.sizes: set[torch.fx.Node] = set()  # nodes that stand for x.shape, x.size(0), x.shape[0]
+        self.tensors: set[torch.fx.Node] = set()  # the current one and those before it, which have the same batch size
+        self.shapes: set[torch.fx.Node] = set()  # nodes that stand for x.shape
+        self.sizes: set[torch.fx.Node] = set()  # nodes that stand for x.size(0), the batch size
 
     def read(self, node: torch.fx.Node) -> None:
         if node.op == "placeholder":
             if self.current is not None:
                 self._refuse(f"a second input {node.name!r}", "allowed is one input, the images")
             self.current = node
+            self.tensors.add(node)
         elif node.op == "output":
             if node.args[0] is not self.current:
                 self._refuse("an output that is not the last layer's", "allowed is one tensor, the logits")
@@ -207,9 +210,7 @@ class _Reader:
 
     def _call(self, node: torch.fx.Node) -> None:
         name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", str(node.target))
-        asks_size = name in ("size", "getitem") or (name == "getattr" and node.args[1] == "shape")
-        if asks_size and node.args[0] in ((self.current, *self.sizes) if name != "getitem" else self.sizes):
-            self.sizes.add(node)
+        if self._asks_batch_size(node, name):
             return
         self._chain(node, f"{name} ({node.name})")
         if name in ("view", "reshape"):
@@ -220,7 +221,6 @@ class _Reader:
                 self._refuse(f"{name}{tuple(sizes)} at {node.name!r}", "allowed is (x.size(0), -1), that is, a flatten")
             self._layer(nn.Flatten(), node.name)
         elif name == "dropout" and node.kwargs.get("training", node.args[2:3] == (True,)) is False:
-            self.current = node
             return
         elif (kind := FUNCTIONS.get(node.target)) is not None:
             kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
@@ -232,12 +232,26 @@ class _Reader:
         else:
             self._refuse(f"the call {name} at {node.name!r}", f"supported are the layers {_supported()}")
 
+    def _asks_batch_size(self, node: torch.fx.Node, name: str) -> bool:
+        """Whether a call is no layer but a step to the batch size, which ``view`` may be given."""
+        source, rest = node.args[0] if node.args else None, node.args[1:]
+        if source in self.tensors and ((name == "getattr" and rest == ("shape",)) or (name == "size" and not rest)):
+            self.shapes.add(node)
+        elif (source in self.tensors and name == "size" and rest == (0,)) or (
+            source in self.shapes and name == "getitem" and rest == (0,)
+        ):
+            self.sizes.add(node)
+        else:
+            return False
+        return True
+
     def _chain(self, node: torch.fx.Node, what: str) -> None:
         inputs = node.all_input_nodes
         tensors = [n for n in inputs if n not in self.sizes]
         if tensors != [self.current]:
             self._refuse(f"a connection that leaves the chain, at {what}", "each layer must take the one before it")
         self.current = node
+        self.tensors.add(node)
 
     def _layer(self, module: nn.Module, place: str) -> None:
         if type(module) not in MODULES:
@@ -246,7 +260,8 @@ class _Reader:
             output = module.double()(torch.zeros(1, *self.shape, dtype=torch.float64))
         except (RuntimeError, ValueError) as error:
             raise UnsupportedLayer(
-                f"{type(module).__name__} at {place!r} cannot take an input of shape {list(self.shape)}: {_one_line(error)}"
+                f"{type(self.module).__name__}: {type(module).__name__} at {place!r} cannot take an input of shape "
+                f"{list(self.shape)}: {_one_line(error)}"
             ) from error
         output_shape = tuple(output.shape[1:])
         layer = MODULES[type(module)](_Call(module, place, self.shape, output_shape, self.offsets))

@@ -24,10 +24,19 @@ class ElementwiseActivation:
         return (self.in_place or self.function)(x, *arguments)
 
 
+def _aligned(function: Callable[[Tensor], Tensor]) -> Callable[[Tensor], Tensor]:
+    """The same on memory in ``[P, B, ...]`` order, where each member's block is a multiple of ``tiles.LANES`` numbers.
+
+    torch rounds these functions otherwise in the numbers that are left over at the end of a block, so a member's bits would
+    depend on its place among the others.
+    """
+    return lambda x: function(x.contiguous())
+
+
 ACTIVATIONS: dict[str, ElementwiseActivation] = {
     "relu": ElementwiseActivation(F.relu, F.relu_),
     "leaky_relu": ElementwiseActivation(F.leaky_relu),  # argument: negative slope >= 0, checked when it is read
     "hardtanh": ElementwiseActivation(F.hardtanh),  # arguments: lower and upper end
-    "sigmoid": ElementwiseActivation(torch.sigmoid),
-    "tanh": ElementwiseActivation(torch.tanh),
+    "sigmoid": ElementwiseActivation(_aligned(torch.sigmoid)),
+    "tanh": ElementwiseActivation(_aligned(torch.tanh)),
 }

@@ -29,6 +29,11 @@ class Tile(NamedTuple):
     images: int
 
 
+# Images of a tile come in multiples of this: torch works on so many float32 numbers at a time, and rounds sigmoid, exp and
+# the like otherwise in the few that are left over. Without a remainder in any member's block, a member's bits do not depend on where
+# in the tile it lies, and so not on how a population is split among actors.
+LANES = 16
+
 # Temporaries of about this many bytes are worked on at once by one CPU thread: they stay in the caches and cost no page
 # faults. Measured on 2 cores with 1 MiB of L2 each and 32 MiB of L3 (torch 2.15).
 CPU_WORKING_SET = 8 * 2**20
@@ -50,17 +55,18 @@ def choose_tile(network: Network, floats_per_pair: int, images: int, budget: int
     pair = 4 * floats_per_pair
     cpu = device.type == "cpu"
     at_once = worker_count() if cpu else 1
-    if at_once * (member + pair) > budget:
-        need = -(-at_once * (member + pair) // 2**20)
+    smallest = at_once * (member + LANES * pair)
+    if smallest > budget:
         raise ValueError(
-            f"memory_budget={budget} bytes is too small for one member and one image of this network on each of {at_once} "
-            f"threads: at least {need}MiB would do"
+            f"memory_budget={budget} bytes is too small for one member and {LANES} images of this network on each of "
+            f"{at_once} threads: at least {-(-smallest // 2**20)}MiB would do"
         )
     budget //= at_once
     working_set = min(budget, CPU_WORKING_SET if cpu else GPU_WORKING_SET)
-    tile_images = max(1, min(images, (budget - member) // pair, max(16, working_set // (8 * pair))))
+    tile_images = max(LANES, min((budget - member) // pair, working_set // (8 * pair)) // LANES * LANES)
     # Images in equal parts, so that the padding of the last tile is small.
     tile_images = -(-images // -(-images // tile_images))
+    tile_images = -(-tile_images // LANES) * LANES
     tile_members = max(1, min(working_set // (tile_images * pair), budget // (member + tile_images * pair)))
     # A power of two divides the usual population sizes and their shares among actors.
     return Tile(min(1 << (tile_members.bit_length() - 1), CPU_MEMBERS if cpu else GPU_MEMBERS), tile_images)

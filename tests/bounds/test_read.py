@@ -1,0 +1,177 @@
+"""Reading a module: what is read gives the module's outputs, and what is not supported is refused by name and place."""
+
+import copy
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from evocert.bounds import UnsupportedLayer, read_network
+from evocert.modules import Normalize
+from evocert.networks import flat_parameters
+
+SHAPE = (2, 6, 5)
+
+
+class Module(nn.Module):
+    """Layers for the forwards below, defined in another order than they run in."""
+
+    def __init__(self, forward):
+        super().__init__()
+        torch.manual_seed(0)
+        self.last = nn.Linear(8, 3)
+        self.middle = nn.Linear(8, 8)
+        self.first = nn.Linear(3 * 4 * 3, 8)
+        self.same = nn.Conv2d(2, 2, 3, padding=1)
+        self.conv = nn.Conv2d(2, 3, 3)
+        self.norm = Normalize([0.2, 0.4], [0.5, 0.3])
+        self.bn = nn.BatchNorm2d(3)
+        self.weight = nn.Parameter(torch.randn(8, 8))
+        self._run = forward
+
+    def forward(self, x):
+        return self._run(self, x)
+
+
+def relu_flat(m, x):
+    return m.last(m.first(F.relu(m.conv(m.norm(x))).flatten(1)))
+
+
+SUPPORTED = {
+    "another order than defined": relu_flat,
+    "a layer used twice": lambda m, x: m.last(m.middle(m.middle(m.first(torch.flatten(m.conv(x), 1)).relu()).relu())),
+    "functions in place": lambda m, x: m.last(
+        F.relu(m.first(F.relu(m.conv(x), inplace=True).view(x.size(0), -1)).relu_())
+    ),
+    "view by size": lambda m, x: m.last(m.first((h := m.conv(x).relu()).view(h.size(0), -1))),
+    "reshape by shape": lambda m, x: m.last(m.first((h := torch.relu(m.conv(x))).reshape(h.shape[0], -1))),
+    "view to a number": lambda m, x: m.last(m.first(m.conv(x).view(-1, 36))),
+    "other activations": lambda m, x: m.last(torch.tanh(m.first(F.leaky_relu(m.conv(x), 0.3).flatten(1))).sigmoid()),
+    "hardtanh": lambda m, x: m.last(F.hardtanh(m.first(m.conv(x).flatten(1)), -0.1, 0.2)),
+    "dropout as in eval": lambda m, x: m.last(F.dropout(m.first(m.conv(x).flatten(1)), 0.5, m.training)),
+    "two layers of one kind": lambda m, x: relu_flat(m, m.same(x).relu()),
+}
+
+
+@pytest.mark.parametrize("forward", SUPPORTED.values(), ids=SUPPORTED.keys())
+def test_gives_the_outputs_of_the_module(forward):
+    module = Module(forward).double().eval()
+    network = read_network(module, SHAPE)
+    images = torch.rand(4, *SHAPE, dtype=torch.float64)
+    for sign in (1, -1):  # of the parameters, in the order of module.parameters()
+        torch.nn.utils.vector_to_parameters(sign * flat_parameters(module), module.parameters())
+        found = network.logits(flat_parameters(module).unsqueeze(0), images)[0]
+        torch.testing.assert_close(found, module(images).detach(), rtol=1e-10, atol=1e-10)
+
+
+def test_reads_nested_sequences_and_leaves_the_module_alone():
+    module = nn.Sequential(
+        nn.Sequential(nn.Conv2d(2, 3, 3), nn.ReLU(inplace=True)), nn.Flatten(), nn.Dropout(), nn.Linear(36, 2)
+    )
+    before = copy.deepcopy(module.state_dict())
+    network = read_network(module, SHAPE)
+    assert [layer.kind for layer in network.layers] == ["Conv2d", "Activation", "Flatten", "Linear"]
+    assert [layer.place for layer in network.layers] == ["0.0", "0.1", "1", "3"]
+    assert network.num_parameters == sum(p.numel() for p in module.parameters())
+    assert module.training
+    assert all(p.dtype == torch.float32 and p.requires_grad and p.grad is None for p in module.parameters())
+    assert all(torch.equal(before[k], v) for k, v in module.state_dict().items())
+
+
+def two_outputs(m, x):
+    logits = relu_flat(m, x)
+    return logits, x
+
+
+def branch(m, x):
+    return relu_flat(m, x) if x.sum() > 0 else relu_flat(m, -x)
+
+
+REFUSED = {
+    "skip": (lambda m, x: relu_flat(m, x + m.same(x)), "add"),
+    "skip of the input": (
+        lambda m, x: relu_flat(m, m.same(x)) + x.flatten(1)[:, :3],
+        "a connection that leaves the chain",
+    ),
+    "batch norm": (
+        lambda m, x: m.last(m.first(m.bn(m.conv(x)).flatten(1))),
+        "BatchNorm2d at 'bn'.*supported are .*Conv2d",
+    ),
+    "pooling": (lambda m, x: relu_flat(m, F.max_pool2d(x, 1)), "max_pool2d"),
+    "softmax": (lambda m, x: F.softmax(relu_flat(m, x), 1), "softmax"),
+    "arithmetic": (lambda m, x: relu_flat(m, (x - 0.5) / 0.3), "sub"),
+    "product": (lambda m, x: relu_flat(m, x * 2), "mul"),
+    "a parameter of its own": (lambda m, x: m.last(m.first(m.conv(x).flatten(1)) @ m.weight), "direct use of 'weight'"),
+    "two outputs": (two_outputs, "output that is not the last layer's"),
+    "branches": (branch, "cannot be traced"),
+    "another view": (lambda m, x: relu_flat(m, x.view(-1, 2, 5, 6).transpose(2, 3)), "view"),
+    "view by another size": (lambda m, x: m.last(m.first((h := m.conv(x)).view(h.size(1), -1))), "size"),
+    "half a flatten": (lambda m, x: m.last(m.first(m.conv(x).flatten(2).flatten(1))), "start_dim=1"),
+    "linear on a map": (lambda m, x: m.last(m.same(x)), "Linear at 'last'"),
+    "dropout in training": (lambda m, x: F.dropout(relu_flat(m, x), 0.5, True), "dropout"),
+}
+
+
+@pytest.mark.parametrize(("forward", "message"), REFUSED.values(), ids=REFUSED.keys())
+def test_refuses(forward, message):
+    with pytest.raises(UnsupportedLayer, match=message) as refused:
+        read_network(Module(forward), SHAPE)
+    assert "\n" not in str(refused.value)
+
+
+class TwoInputs(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(60, 3)
+
+    def forward(self, x, y):
+        return self.linear(x.flatten(1))
+
+
+class Restless(nn.Module):
+    """Counts its calls, which tracing cannot see."""
+
+    def __init__(self):
+        super().__init__()
+        self.linear = nn.Linear(60, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        x = x.flatten(1)
+        return self.linear(x if self.calls == 1 else x.relu().tanh())
+
+
+@pytest.mark.parametrize(
+    ("module", "message"),
+    [
+        (nn.Sequential(nn.Flatten(), nn.Linear(60, 1)), r"\[1\] for one image: allowed are logits \[K\] of K >= 2"),
+        (nn.Sequential(nn.Conv2d(2, 3, 3)), r"\[3, 4, 3\] for one image"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(61, 2)), r"Linear at '1' cannot take an input of shape \[60\]"),
+        (nn.Sequential(nn.Conv2d(2, 3, 9), nn.Flatten(), nn.Linear(3, 2)), r"Conv2d at '0' cannot take an input"),
+        (
+            nn.Sequential(nn.Conv2d(2, 3, 3, padding=1, padding_mode="reflect"), nn.Flatten(), nn.Linear(90, 2)),
+            "reflect",
+        ),
+        (nn.Sequential(nn.Flatten(2), nn.Flatten(), nn.Linear(60, 2)), "start_dim=1"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(60, 4), nn.LeakyReLU(-0.5), nn.Linear(4, 2)), "negative_slope"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(60, 4), nn.GELU(), nn.Linear(4, 2)), "GELU at '2'"),
+        (
+            nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(60, 2))),
+            "ParametrizedLinear at '1'",
+        ),
+        (TwoInputs(), "TwoInputs: a second input 'y'"),
+        (Restless(), "gives other outputs"),
+    ],
+)
+def test_refuses_modules(module, message):
+    with pytest.raises(UnsupportedLayer, match=message):
+        read_network(module, SHAPE)
+
+
+def test_refuses_a_layer_that_a_hook_changes():
+    module = nn.Sequential(nn.Flatten(), nn.Linear(60, 3))
+    module[1].register_forward_hook(lambda layer, inputs, output: output * 2)
+    with pytest.raises(UnsupportedLayer, match="gives other outputs"):
+        read_network(module, SHAPE)

@@ -1,0 +1,69 @@
+"""The direction of dependence, and what must not be imported."""
+
+import ast
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import evocert
+
+PACKAGE = Path(evocert.__file__).parent
+
+# From the bottom up. A module may import from lower layers, and from its own where that is no circle.
+LAYERS = [
+    {"errors", "modules"},
+    {"bounds"},
+    {"losses", "attacks", "data", "networks", "memory", "schedules", "settings", "display"},
+    {"experiment", "user_files", "problem", "searchers", "evaluation", "runs", "logging", "export"},
+    {"parts"},
+    {"training"},
+    {"cli"},
+]
+LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
+FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")
+
+
+def unit(module):
+    """The part of the package that a dotted module name belongs to: "evocert.bounds.ibp" -> "bounds"."""
+    parts = module.split(".")
+    return parts[1] if len(parts) > 1 else ""
+
+
+def imported(path):
+    for node in ast.walk(ast.parse(path.read_text())):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            yield from (
+                f"{node.module}.{alias.name}" if node.module == "evocert" else node.module for alias in node.names
+            )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda p: str(p.relative_to(PACKAGE)))
+def test_nothing_imports_upward(path):
+    own = path.relative_to(PACKAGE).parts[0].removesuffix(".py")
+    assert own in LEVEL, f"{own} has no layer: give it one here"
+    for module in imported(path):
+        if module.split(".")[0] == "evocert" and (other := unit(module)) and not other.startswith("__"):
+            assert LEVEL[other] <= LEVEL[own], f"{own} imports {other}, which is above it"
+
+
+@pytest.mark.parametrize("path", [p for p in FILES if p.parent.name == "bounds"], ids=lambda p: p.name)
+def test_bounds_need_torch_and_nothing_else(path):
+    allowed = {"torch", "evocert", *sys.stdlib_module_names}
+    assert {module.split(".")[0] for module in imported(path)} <= allowed
+    assert {unit(m) for m in imported(path) if m.startswith("evocert")} <= {"bounds", "modules"}
+
+
+@pytest.mark.parametrize("statement", ["import evocert", "import evocert.cli"])
+def test_imports_are_light(statement):
+    code = f"import sys; {statement}; print([m for m in ('torch', 'evotorch', 'numpy', 'ray') if m in sys.modules])"
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.strip() == "[]"
+
+
+def test_files_stay_small():
+    assert not {str(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}
