@@ -50,13 +50,19 @@ def main() -> None:
     )
     settings = {"popsize": options.popsize, "center_learning_rate": 0.01, "stdev_init": 0.01}
     dimensions = problem.solution_length
-    print(f"{options.network} width {options.width}, D = {dimensions}, P = {options.popsize}, B = {options.batch}, {problem.tile}")
+    print(f"{options.network} width {options.width}, D = {dimensions}, P = {options.popsize}, B = {options.batch}")
+    print(problem.tile)
     print(f"torch {torch.__version__}, {worker_count()} threads")
 
     if options.searcher_only:
         theirs = EvoTorchPGPE(problem, **settings, stdev_learning_rate=0.0, optimizer="adam", ranking_method="raw")
         ours = PGPE(problem, **settings)
-        for name, searcher in (("EvoTorch 0.6.1", theirs), ("evocert", ours), ("EvoTorch 0.6.1", theirs), ("evocert", ours)):
+        for name, searcher in (
+            ("EvoTorch 0.6.1", theirs),
+            ("evocert", ours),
+            ("EvoTorch 0.6.1", theirs),
+            ("evocert", ours),
+        ):
             batch = SolutionBatch(problem, options.popsize, empty=True)
             losses = torch.randn(options.popsize)
             sample, gradient = [], []
@@ -86,7 +92,9 @@ def main() -> None:
     pairs = options.popsize * options.batch
     print("  ".join(f"{key} {value:.3f} s" for key, value in medians.items()))
     print(f"{pairs / sum(medians.values()):,.0f} network-images per second")
-    print(f"peak memory above the level before the first generation: {peak_mib() - before:.0f} MiB, of which the population")
+    print(
+        f"peak memory above the level before the first generation: {peak_mib() - before:.0f} MiB, of which the population"
+    )
     print(f"is {population:.0f} MiB and its noise, while it is drawn, {population / 2:.0f} MiB")
 
 

@@ -5,9 +5,11 @@ import time
 from pathlib import Path
 from typing import Any, Protocol
 
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn
+from rich.console import Console, Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
 from rich.table import Table
+from rich.text import Text
 
 PLAIN_SECONDS = 10.0
 REFRESH_SECONDS = 0.2
@@ -43,13 +45,12 @@ class Silent:
 
 
 class Terminal:
-    """Live where stdout is a terminal, otherwise a plain line every ten seconds."""
+    """Two live lines where stdout is a terminal, otherwise a plain line every ten seconds."""
 
     def __init__(self) -> None:
         self._console = Console(highlight=False)
-        self._live = self._console.is_terminal
         self._natural = self._certified = float("nan")
-        self._progress: Progress | None = None
+        self._live: Live | None = None
         self._began = self._shown = 0.0
         self._first = self._generations = 0
 
@@ -57,68 +58,62 @@ class Terminal:
         self.say(title)
         self._began, self._shown = time.monotonic(), 0.0
         self._first, self._generations = generation, generations
-        if self._live:
-            columns = (TextColumn("{task.description}"), BarColumn(bar_width=None), TaskProgressColumn())
-            self._progress = Progress(*columns, TextColumn("{task.fields[rest]}"), console=self._console)
-            self._progress.add_task("", total=generations, completed=generation, rest="")
-            self._progress.start()
+        if self._console.is_terminal:
+            self._live = Live(console=self._console, auto_refresh=False)
+            self._live.start()
 
     def generation(self, generation: int, loss: float, eps: float, stdev: float) -> None:
         now = time.monotonic()
-        last = generation == self._generations
-        if now - self._shown < (REFRESH_SECONDS if self._live else PLAIN_SECONDS) and not last:
+        if now - self._shown < (REFRESH_SECONDS if self._live else PLAIN_SECONDS) and generation != self._generations:
             return
         self._shown = now
         rate = (generation - self._first) / max(now - self._began, 1e-9)
-        left = _clock((self._generations - generation) / max(rate, 1e-9))
+        pace = f"{rate:.3g}/s  {_clock((self._generations - generation) / max(rate, 1e-9))} left"
+        count = f"generation {generation}/{self._generations}"
         state = (
-            f"loss {loss:.4f}  eps {eps:.4f}  sigma {stdev:.4g}  validation: natural {_percent(self._natural)} "
-            f"certified {_percent(self._certified)}"
+            f"loss {loss:.4f}  eps {eps:.4f}  sigma {stdev:.3g}  "
+            f"validation: natural {_percent(self._natural)} certified {_percent(self._certified)}"
         )
-        if self._progress is not None:
-            task = self._progress.task_ids[0]
-            described = f"generation {generation}/{self._generations}  {state}"
-            self._progress.update(task, completed=generation, description=described, rest=f"{rate:.0f}/s  {left} left")
-        else:
-            self._print(f"generation {generation}/{self._generations}  {state}  {rate:.1f}/s  {left} left")
+        if self._live is None:
+            self.say(f"{count}  {pace}  {state}")
+            return
+        line = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.add_row(count, ProgressBar(total=self._generations, completed=generation), pace)
+        self._live.update(Group(line, Text(state, no_wrap=True, overflow="ellipsis")), refresh=True)
 
     def validation(self, natural: float, certified: float) -> None:
         self._natural, self._certified = natural, certified
 
     def say(self, line: str) -> None:
-        if self._progress is not None:
-            self._progress.console.print(line, markup=False, soft_wrap=True)
-        else:
-            self._print(line)
-
-    def _print(self, line: str) -> None:
         self._console.print(line, markup=False, soft_wrap=True)
         sys.stdout.flush()
 
     def stop(self) -> None:
-        if self._progress is not None:
-            self._progress.stop()
-            self._progress = None
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
 
 
 def show_results(results: dict[str, Any], folder: Path, written: list[str]) -> None:
     """The table at the end of a run, and the paths of what it wrote."""
     console = Console(highlight=False)
+    start = "random weights" if results["init_from"] is None else f"the weights of {results['init_from']}"
     title = (
-        f"{results['problem']}: {results['method']} with {results['bound']}, {results['generations']} generations in "
-        f"{_clock(results['train_seconds'])}"
+        f"{results['problem']}: {results['method']} with {results['bound']} from {start}, seed {results['seed']}, "
+        f"{results['generations']} generations in {_clock(results['train_seconds'])}"
     )
-    table = Table(title=title, title_justify="left")
+    table = Table(safe_box=True)
     table.add_column(f"accuracy on {results['examples']} {results['split']} images")
     table.add_column("percent", justify="right")
-    table.add_row("natural", _percent(results["accuracy"]["natural"]))
-    radius = f"eps = {results['eps']:.4g}"
-    table.add_row(f"under attack (PGD), {radius}", _percent(results["accuracy"]["attacked"]))
-    for name, value in results["accuracy"]["certified"].items():
+    accuracy, radius = results["accuracy"], f"eps = {results['eps']:.4g}"
+    table.add_row("natural", _percent(accuracy["natural"]))
+    table.add_row(f"under attack (PGD), {radius}", _percent(accuracy["attacked"]))
+    for name, value in accuracy["certified"].items():
         table.add_row(f"certified by {name}, {radius}", _percent(value))
-    start = "random weights" if results["init_from"] is None else f"warm start from {results['init_from']}"
-    table.caption = f"from {start}, seed {results['seed']}"
-    table.caption_justify = "left"
+    console.print(title, markup=False, soft_wrap=True)
     console.print(table)
     for name in written:
         console.print(str(folder / name), markup=False, soft_wrap=True)

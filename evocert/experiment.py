@@ -34,14 +34,8 @@ OPTIMIZERS: dict[str, dict[str, Any]] = {
 RANKINGS = ("raw", "centered", "linear", "nes", "normalized")
 # EvoTorch's, and TensorBoardLogger; see ``evocert.logging``.
 LOGGERS = (
-    "StdOutLogger",
-    "PandasLogger",
-    "TensorBoardLogger",
-    "MlflowLogger",
-    "NeptuneLogger",
-    "SacredLogger",
-    "WandbLogger",
-)
+    "StdOutLogger", "PandasLogger", "TensorBoardLogger", "MlflowLogger", "NeptuneLogger", "SacredLogger", "WandbLogger",
+)  # fmt: skip
 SELECTIONS = ("best", "last")
 _PATHS = ("data_dir", "data_path", "init_from")
 

@@ -87,7 +87,9 @@ def _attach(setting: Any, searcher: SearchAlgorithm, folder: Path) -> Logger:
         if name == "TensorBoardLogger":
             arguments = {"directory": folder / "tensorboard", **arguments}
     else:
-        raise InputError(f"loggers has {setting!r}: allowed are a name, (name, {{arguments}}), or a function of the searcher")
+        raise InputError(
+            f"loggers has {setting!r}: allowed are a name, (name, {{arguments}}), or a function of the searcher"
+        )
     try:
         logger = kind(searcher, **arguments)
     except (TypeError, ValueError) as error:

@@ -1,6 +1,6 @@
 """Scikit-learn's handwritten digits (8x8, nothing to download): CNN3 certified at eps = 0.05, evolved from random weights.
 
-    evocert run problems/digits_cnn3.py
+evocert run problems/digits_cnn3.py
 """
 
 import evocert

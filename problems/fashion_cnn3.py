@@ -1,6 +1,6 @@
 """Fashion-MNIST: CNN3 certified at eps = 0.1, evolved from random weights. For a local copy see mnist_cnn3.py.
 
-    evocert run problems/fashion_cnn3.py
+evocert run problems/fashion_cnn3.py
 """
 
 import evocert

@@ -18,7 +18,9 @@ import evocert
 class MyNetwork(nn.Module):
     """Any chain of supported layers, in any order; it is traced, so forward may call them and their functions freely."""
 
-    def __init__(self, channels: int, height: int, width: int, classes: int, mean: list[float], std: list[float]) -> None:
+    def __init__(
+        self, channels: int, height: int, width: int, classes: int, mean: list[float], std: list[float]
+    ) -> None:
         super().__init__()
         self.normalize = evocert.Normalize(mean, std)  # inside the network: eps and the images stay in [0, 1] pixels
         self.conv = nn.Conv2d(channels, 8, kernel_size=4, stride=2, padding=1)

@@ -36,7 +36,7 @@ def cliff(w):
 def smoothed_cliff_gradient(mu, sigma):
     """Of Phi(-m/s) + m Phi(m/s) + s phi(m/s)."""
     t = torch.as_tensor(mu / sigma, dtype=torch.float64)
-    density = math.exp(-float(t) ** 2 / 2) / math.sqrt(2 * math.pi)
+    density = math.exp(-(float(t) ** 2) / 2) / math.sqrt(2 * math.pi)
     return -density / sigma + float(NORMAL.cdf(t))
 
 
@@ -140,9 +140,16 @@ class TestSearcher:
     @pytest.mark.parametrize("optimizer", ["adam", "clipup", "sgd", None])
     @pytest.mark.parametrize("symmetric", [True, False])
     def test_finds_the_minimum_of_a_sphere(self, optimizer, symmetric):
-        rate = {"adam": 0.05, "clipup": 0.05, "sgd": 40.0, None: 40.0}[optimizer]  # of sigma squared: 0.4 in textbook's terms
+        rate = {"adam": 0.05, "clipup": 0.05, "sgd": 40.0, None: 40.0}[
+            optimizer
+        ]  # of sigma squared: 0.4 in textbook's terms
         searcher = PGPE(
-            Toy(sphere, 5), popsize=40, center_learning_rate=rate, stdev_init=0.1, optimizer=optimizer, symmetric=symmetric
+            Toy(sphere, 5),
+            popsize=40,
+            center_learning_rate=rate,
+            stdev_init=0.1,
+            optimizer=optimizer,
+            symmetric=symmetric,
         )
         searcher.run(300)
         searcher.finish()
@@ -183,9 +190,7 @@ class TestSearcher:
 
     def test_adam_s_epsilon_leaves_small_gradients_alone(self):
         """Raw gradients shrink with sigma squared: with Adam's own epsilon a small sigma would hardly move."""
-        searcher = PGPE(
-            Toy(lambda x: ((x - 3) ** 2).sum(1), 5), popsize=20, center_learning_rate=0.01, stdev_init=1e-5
-        )
+        searcher = PGPE(Toy(lambda x: ((x - 3) ** 2).sum(1), 5), popsize=20, center_learning_rate=0.01, stdev_init=1e-5)
         start = searcher.status["center"].clone()
         searcher.run(2)
         # Adam's first step is its learning rate in every coordinate; with an epsilon of 1e-8 it would be 0.0004 here.

@@ -107,7 +107,9 @@ class TestFitness:
         parameters = population(make(network, part), 7)
         whole = make(network, part, tile=(7, 16)).losses(parameters, 0)
         for tile in [(1, 1), (2, 5), (4, 16), (8, 3)]:
-            torch.testing.assert_close(make(network, part, tile=tile).losses(parameters, 0), whole, rtol=1e-5, atol=1e-5)
+            torch.testing.assert_close(
+                make(network, part, tile=tile).losses(parameters, 0), whole, rtol=1e-5, atol=1e-5
+            )
 
 
 class TestMinibatch:

@@ -37,7 +37,9 @@ def test_digits(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif("EVOCERT_DATA" not in os.environ, reason="EVOCERT_DATA names no folder with MNIST and Fashion-MNIST")
+@pytest.mark.skipif(
+    "EVOCERT_DATA" not in os.environ, reason="EVOCERT_DATA names no folder with MNIST and Fashion-MNIST"
+)
 @pytest.mark.parametrize(("name", "eps"), [("mnist_cnn3", 0.1), ("fashion_cnn3", 0.1)])
 def test_torchvision_data(name, eps, tmp_path):
     results = run(name, tmp_path, "download=false", "batch_size=64")

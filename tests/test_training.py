@@ -30,7 +30,15 @@ experiment = evocert.Experiment(
     natural_every=3, validations=4, checkpoint_seconds=0, attack=evocert.AttackSettings(steps=2, restarts=1),
 )
 """
-RECORDS = {"problem.py", "config.json", "environment.json", "split.json", "metrics.jsonl", "network.onnx", "results.json"}
+RECORDS = {
+    "problem.py",
+    "config.json",
+    "environment.json",
+    "split.json",
+    "metrics.jsonl",
+    "network.onnx",
+    "results.json",
+}
 
 
 @pytest.fixture
@@ -50,7 +58,11 @@ def same(one, other):
     if isinstance(one, dict):
         return one.keys() == other.keys() and all(same(one[k], other[k]) for k in one if k != "seconds")
     if isinstance(one, torch.Tensor):
-        return torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0)) if one.is_floating_point() else torch.equal(one, other)
+        return (
+            torch.equal(one.nan_to_num(-1.0), other.nan_to_num(-1.0))
+            if one.is_floating_point()
+            else torch.equal(one, other)
+        )
     if isinstance(one, list | tuple):
         return len(one) == len(other) and all(map(same, one, other))
     return one == other
@@ -213,7 +225,9 @@ class TestResume:
     def test_after_ctrl_c_too(self, problem, tmp_path, reference):
         folder = tmp_path / "stopped"
         with pytest.raises(Interrupted) as stopped:
-            start(problem, ["checkpoint_seconds=1000"], folder, _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT)))
+            start(
+                problem, ["checkpoint_seconds=1000"], folder, _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT))
+            )
         assert stopped.value.run_path == folder
         assert checkpoint(folder)["generation"] == 7
         resume(folder, Silent())
@@ -345,7 +359,9 @@ class TestProcesses:
         """With -9, from outside, wherever it strikes."""
         settings = ["--set", "generations=1500", "--set", "checkpoint_seconds=0.1"]
         command = [sys.executable, "-c", "from evocert.cli import main; main()"]
-        subprocess.run([*command, "run", str(problem), *settings, "--run-dir", str(tmp_path / "whole"), "--quiet"], check=True)
+        subprocess.run(
+            [*command, "run", str(problem), *settings, "--run-dir", str(tmp_path / "whole"), "--quiet"], check=True
+        )
         folder = tmp_path / "killed"
         arguments = ["run", str(problem), *settings, "--run-dir", str(folder), "--quiet"]
         for pause in (0.3, 1.1):

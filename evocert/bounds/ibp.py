@@ -8,7 +8,7 @@ Costs two forward passes.
 import torch
 from torch import Tensor
 
-from evocert.bounds.layers import Activation, Flatten
+from evocert.bounds.layers import Activation, Flatten, dense_product
 from evocert.bounds.margins import logit_margins, margins_between, rival_entries
 from evocert.bounds.network import Box, Members
 from evocert.bounds.relaxation import ACTIVATIONS
@@ -29,9 +29,7 @@ def margins(members: Members, box: Box, labels: Tensor) -> Tensor:
     centre, radius = _interval(members, box, stop_before_last=last is not None)
     if last is None:  # nothing to fold the difference into: the label's lower end against the rivals' upper ends
         return margins_between((centre - radius).expand(len(members), -1, -1), centre + radius, labels)
-    if len(radius) < len(members):
-        radius = radius.expand(len(members), -1, -1)
-    spread = torch.bmm(radius, members.pair_differences.transpose(1, 2))  # [P, B, pairs]
+    spread = dense_product(members.pair_differences, None, radius)  # [P, B, pairs]
     return logit_margins(last.affine(centre), labels) - rival_entries(spread, labels, members.network.num_classes)
 
 

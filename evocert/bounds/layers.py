@@ -10,6 +10,7 @@ A new kind of layer is one class here and one entry in ``read.MODULES``.
 
 import math
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Protocol
 
 import torch
@@ -34,7 +35,7 @@ class Slot:
 
     def of(self, parameters: Tensor) -> Tensor:
         """Parameters ``[P, D]`` -> this tensor for each member, ``[P, *shape]`` (a view where possible)."""
-        return parameters[:, self.offset : self.offset + math.prod(self.shape)].reshape(-1, *self.shape)
+        return parameters[:, self.offset : self.offset + math.prod(self.shape)].reshape(len(parameters), *self.shape)
 
 
 class BoundLayer(Protocol):
@@ -143,35 +144,32 @@ class Conv2d(Layer):
             return BoundConvolution(self, weight, bias)
         members = len(parameters)
         # The entry past the weights is the zero that stands wherever a kernel does not reach.
-        table = torch.cat([weight.reshape(members, -1), weight.new_zeros(members, 1)], 1)
-        matrix = table.index_select(1, _dense_index(self).to(table.device))
+        table = torch.cat([weight.flatten(1), weight.new_zeros(members, 1)], 1)
+        matrix = table.index_select(1, _dense_index(self, table.device))
         matrix = matrix.reshape(members, math.prod(self.output_shape), math.prod(self.input_shape))
         if bias is not None:
             bias = bias.repeat_interleave(math.prod(self.output_shape[1:]), 1)
         return BoundDense(matrix, bias, self.output_shape)
 
 
-_DENSE_INDICES: dict[Conv2d, Tensor] = {}
-
-
-def _dense_index(layer: Conv2d) -> Tensor:
+@lru_cache(maxsize=64)
+@torch.inference_mode(False)  # what is kept must serve later gradients too
+def _dense_index(layer: Conv2d, device: torch.device) -> Tensor:
     """For each (output, input) pair the position of its weight in the flat kernel, or one past its end: [out * in]."""
-    if layer not in _DENSE_INDICES:
-        (channels_in, height, width), (channels_out, rows, columns) = layer.input_shape, layer.output_shape
-        _, per_group, kernel_h, kernel_w = layer.weight.shape
-        o, i, p, q, a, b = torch.meshgrid(
-            *(torch.arange(n) for n in (channels_out, per_group, rows, columns, kernel_h, kernel_w)), indexing="ij"
-        )
-        y = p * layer.stride[0] - layer.padding[0] + a * layer.dilation[0]
-        x = q * layer.stride[1] - layer.padding[2] + b * layer.dilation[1]
-        channel = o // (channels_out // layer.groups) * per_group + i
-        weight = ((o * per_group + i) * kernel_h + a) * kernel_w + b
-        inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
-        row, column = (o * rows + p) * columns + q, (channel * height + y) * width + x
-        index = torch.full((channels_out * rows * columns, channels_in * height * width), math.prod(layer.weight.shape))
-        index[row[inside], column[inside]] = weight[inside]
-        _DENSE_INDICES[layer] = index.flatten()
-    return _DENSE_INDICES[layer]
+    (channels_in, height, width), (channels_out, rows, columns) = layer.input_shape, layer.output_shape
+    _, per_group, kernel_h, kernel_w = layer.weight.shape
+    o, i, p, q, a, b = torch.meshgrid(
+        *(torch.arange(n) for n in (channels_out, per_group, rows, columns, kernel_h, kernel_w)), indexing="ij"
+    )
+    y = p * layer.stride[0] - layer.padding[0] + a * layer.dilation[0]
+    x = q * layer.stride[1] - layer.padding[2] + b * layer.dilation[1]
+    channel = o // (channels_out // layer.groups) * per_group + i
+    weight = ((o * per_group + i) * kernel_h + a) * kernel_w + b
+    inside = (y >= 0) & (y < height) & (x >= 0) & (x < width)
+    row, column = (o * rows + p) * columns + q, (channel * height + y) * width + x
+    index = torch.full((channels_out * rows * columns, channels_in * height * width), math.prod(layer.weight.shape))
+    index[row[inside], column[inside]] = weight[inside]
+    return index.flatten().to(device)
 
 
 class BoundDense:
@@ -192,20 +190,15 @@ class BoundDense:
 
 
 def dense_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Weight ``[P, O, I]``, bias ``[P, O]`` or none, x ``[1 or P, B, ...]`` of I entries -> ``[P, B, O]``."""
-    members, outputs, inputs = weight.shape
-    x = x.flatten(2)
-    if inputs % 16:
-        # Rounding depends on how a matrix lies to the cache lines; in [P, B, I] order a member's matrix lies alike wherever
-        # the member is among the others, as B is a multiple of 16 (tiles.LANES).
-        x = x.contiguous()
-    if len(x) < members:  # what all members share: one large product instead of P small ones
-        flat = None if bias is None else bias.reshape(-1)
-        product = F.linear(x[0], weight.reshape(members * outputs, inputs), flat)
-        return product.unflatten(1, (members, outputs)).transpose(0, 1)
-    if bias is None:
-        return torch.bmm(x, weight.transpose(1, 2))
-    return torch.baddbmm(bias.unsqueeze(1), x, weight.transpose(1, 2))
+    """Weight ``[P, O, I]``, bias ``[P, O]`` or none, x ``[1 or P, B, ...]`` of I entries -> ``[P, B, O]``.
+
+    Images are the innermost in memory, in the product as in what it is made of, and each member has a product of its own
+    also where all take the same x. A matrix kernel rounds by where a row lies in the whole matrix and to the cache lines; so
+    a member's bits do not depend on its place among the others. It is as fast as one product for all, or faster.
+    """
+    x = x.flatten(2).transpose(1, 2).contiguous().expand(len(weight), -1, -1)  # [P, I, B]
+    product = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x)
+    return product.transpose(1, 2)
 
 
 class BoundConvolution:
@@ -230,7 +223,9 @@ class BoundConvolution:
 
     def _convolve(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
         layer = self.layer
-        if len(x) < self.members and layer.groups > 1:  # shared input, but each member's groups read different channels
+        # All members can share one input where groups do not read different channels of it. In float64 torch makes that one
+        # matrix product, in which a member's bits would depend on its place.
+        if len(x) < self.members and (layer.groups > 1 or x.dtype != torch.float32):
             x = x.expand(self.members, *x.shape[1:])
         groups = layer.groups * len(x)
         x = x.transpose(0, 1).flatten(1, 2)  # [B, P * C, H, W]: a view where a convolution came before

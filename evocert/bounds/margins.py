@@ -21,6 +21,7 @@ class ClassPairs(NamedTuple):
 
 
 @lru_cache(maxsize=16)
+@torch.inference_mode(False)  # what is kept must serve later gradients too
 def class_pairs(num_classes: int, device: torch.device) -> ClassPairs:
     first, second = torch.triu_indices(num_classes, num_classes, 1)
     number = torch.full((num_classes, num_classes), -1)
@@ -36,21 +37,22 @@ def logit_margins(logits: Tensor, labels: Tensor) -> Tensor:
 
 def margins_between(own: Tensor, others: Tensor, labels: Tensor) -> Tensor:
     """``own[y] - others[j]`` for the rivals j: two ``[P, B, K]``, labels ``[B]`` -> ``[P, B, M]``."""
-    rivals = class_pairs(own.shape[2], own.device).rivals[labels]
-    return own.gather(2, _for_all(labels.unsqueeze(1), own)) - others.gather(2, _for_all(rivals, others))
+    rivals = class_pairs(own.shape[2], own.device).rivals.index_select(0, labels)
+    return _columns(own, labels.unsqueeze(1)) - _columns(others, rivals)
 
 
 def pair_differences(weight: Tensor) -> Tensor:
     """``|W_i - W_j|`` of every pair of classes: ``[P, K, F]`` -> ``[P, pairs, F]``."""
     pairs = class_pairs(weight.shape[1], weight.device)
-    return (weight[:, pairs.first] - weight[:, pairs.second]).abs_()
+    return (weight.index_select(1, pairs.first) - weight.index_select(1, pairs.second)).abs_()
 
 
 def rival_entries(of_pairs: Tensor, labels: Tensor, num_classes: int) -> Tensor:
     """Values for each pair ``[P, B, pairs]`` -> those of {y, rival} ``[P, B, M]``."""
-    pairs = class_pairs(num_classes, of_pairs.device)
-    return of_pairs.gather(2, _for_all(pairs.pair_of[labels], of_pairs))
+    pairs = class_pairs(num_classes, of_pairs.device).pair_of.index_select(0, labels)
+    return _columns(of_pairs, pairs)
 
 
-def _for_all(index: Tensor, like: Tensor) -> Tensor:
-    return index.expand(len(like), *index.shape)
+def _columns(values: Tensor, index: Tensor) -> Tensor:
+    """From values ``[P, B, N]`` for each image its own columns, ``index [B, M]`` -> ``[P, B, M]``, images innermost."""
+    return values.transpose(1, 2).gather(1, index.t().expand(len(values), *index.t().shape)).transpose(1, 2)

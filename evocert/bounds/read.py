@@ -9,7 +9,7 @@ import copy
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.fx
@@ -36,7 +36,12 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
         UnsupportedLayer: a layer, call or connection that has no bound, or a network whose outputs, once read, differ
             from the module's own (in float64, random weights and inputs).
     """
-    module = copy.deepcopy(module).double().eval().requires_grad_(False)
+    try:
+        module = copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
+    except Exception as error:  # the old weight_norm, lazy layers, the meta device
+        raise UnsupportedLayer(
+            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its layers' own, and there"
+        ) from error
     offsets, total = {}, 0
     for parameter in module.parameters():
         offsets[id(parameter)] = total
@@ -55,6 +60,8 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
             f"{type(module).__name__} gives outputs of shape {list(reader.shape)} for one image: allowed are logits [K] "
             "of K >= 2 classes"
         )
+    if not any(hasattr(layer, "weight") for layer in reader.layers):
+        raise UnsupportedLayer(f"{type(module).__name__} has no layer with weights: there is nothing to train")
     network = Network(tuple(reader.layers), total, tuple(input_shape), reader.shape[0])
     _check_outputs(module, network)
     return network
@@ -121,19 +128,20 @@ def _linear(call: _Call) -> Layer:
 
 def _normalize(call: _Call) -> Layer:
     mean, std = (getattr(call.module, name).flatten().tolist() for name in ("mean", "std"))
+    call.need(all(s > 0 for s in std), f"std={std}, allowed is positive")
     call.need(len(call.shape) == 3 and len(mean) in (1, call.shape[0]), f"allowed is [C, H, W] with C = {len(mean)}")
     return Normalize(*call.common, tuple(mean), tuple(std))
 
 
-def _flatten(call: _Call) -> Layer:
+def _flatten(call: _Call) -> Layer | None:
     call.need((call.module.start_dim, call.module.end_dim) == (1, -1), "allowed are start_dim=1, end_dim=-1")
-    return Flatten(*call.common)
+    return Flatten(*call.common) if len(call.shape) > 1 else None
 
 
 def _activation(name: str, *attributes: str) -> Callable[[_Call], Layer]:
     def read(call: _Call) -> Layer:
         arguments = tuple(float(getattr(call.module, a)) for a in attributes)
-        call.need(name != "leaky_relu" or 0 <= arguments[0] <= 1, f"negative_slope={arguments}, allowed is 0 to 1")
+        call.need(name != "leaky_relu" or 0 <= arguments[0] <= 1, f"negative_slope={arguments[:1]}, allowed is 0 to 1")
         return Activation(*call.common, name, arguments)
 
     return read
@@ -169,6 +177,7 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     "relu_": nn.ReLU,
     F.leaky_relu: nn.LeakyReLU,
     F.hardtanh: nn.Hardtanh,
+    F.relu6: nn.ReLU6,
     F.sigmoid: nn.Sigmoid,
     torch.sigmoid: nn.Sigmoid,
     "sigmoid": nn.Sigmoid,
@@ -214,19 +223,22 @@ class _Reader:
             return
         self._chain(node, f"{name} ({node.name})")
         if name in ("view", "reshape"):
-            sizes = node.args[1] if isinstance(node.args[1], tuple | list) else node.args[1:]
-            features = math.prod(self.shape)
-            first, rest = sizes[0], list(sizes[1:])
-            if (first not in self.sizes and first != -1) or rest not in ([-1], [features]):
+            given = (*node.args[1:], *(v for k, v in node.kwargs.items() if k != "input"))
+            sizes = given[0] if given and isinstance(given[0], tuple | list) else given
+            first, rest = (sizes[0], list(sizes[1:])) if sizes else (None, [])
+            features = [math.prod(self.shape)]
+            if not ((first in self.sizes and rest in ([-1], features)) or (first == -1 and rest == features)):
                 self._refuse(f"{name}{tuple(sizes)} at {node.name!r}", "allowed is (x.size(0), -1), that is, a flatten")
             self._layer(nn.Flatten(), node.name)
-        elif name == "dropout" and node.kwargs.get("training", node.args[2:3] == (True,)) is False:
+        elif name == "dropout" and node.kwargs.get("training", (*node.args, True, True, True)[2]) is False:
             return
         elif (kind := FUNCTIONS.get(node.target)) is not None:
             kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
+            if kind is nn.Flatten and len(node.args) == 1:
+                kwargs = {"start_dim": 0, **kwargs}  # the module's own default is 1
             try:
                 stand_in = kind(*node.args[1:], **kwargs)
-            except TypeError as error:
+            except Exception as error:  # whatever the module objects to
                 self._refuse(f"{name} at {node.name!r}", _one_line(error))
             self._layer(stand_in, node.name)
         else:
@@ -258,7 +270,7 @@ class _Reader:
             self._refuse(f"{type(module).__name__} at {place!r}", f"supported are {_supported()}")
         try:
             output = module.double()(torch.zeros(1, *self.shape, dtype=torch.float64))
-        except (RuntimeError, ValueError) as error:
+        except Exception as error:  # whatever the layer objects to
             raise UnsupportedLayer(
                 f"{type(self.module).__name__}: {type(module).__name__} at {place!r} cannot take an input of shape "
                 f"{list(self.shape)}: {_one_line(error)}"
@@ -269,7 +281,7 @@ class _Reader:
             self.layers.append(layer)
         self.shape = output_shape
 
-    def _refuse(self, what: str, allowed: str) -> None:
+    def _refuse(self, what: str, allowed: str) -> NoReturn:
         raise UnsupportedLayer(f"unsupported in {type(self.module).__name__}: {what}; {allowed}")
 
 
@@ -290,11 +302,15 @@ def _check_outputs(module: nn.Module, network: Network) -> None:
     for parameter in module.parameters():
         parameter.copy_(parameters[offset : offset + parameter.numel()].view_as(parameter))
         offset += parameter.numel()
-    expected: Tensor = module(images)
     found = network.logits(parameters.unsqueeze(0), images)[0]
-    if not torch.allclose(found, expected, rtol=1e-9, atol=1e-9):
-        difference = (found - expected).abs().max().item()
+    try:
+        expected = module(images)
+        difference = f"difference {(found - expected).abs().max().item():.3g}"
+        same = torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
+    except Exception as error:  # whatever a hook made of the outputs
+        same, difference = False, _one_line(error)
+    if not same:
         raise UnsupportedLayer(
             f"{type(module).__name__} was read as {' -> '.join(layer.kind for layer in network.layers)}, which gives other "
-            f"outputs (difference {difference:.3g}): something in its forward is not seen by tracing"
+            f"outputs ({difference}): something in its forward is not seen by tracing"
         )

@@ -30,14 +30,17 @@ class Tile(NamedTuple):
 
 
 # Images of a tile come in multiples of this: torch works on so many float32 numbers at a time, and rounds sigmoid, exp and
-# the like otherwise in the few that are left over. Without a remainder in any member's block, a member's bits do not depend on where
-# in the tile it lies, and so not on how a population is split among actors.
+# the like otherwise in the few that are left over. Without a remainder in any member's block, a member's bits do not depend
+# on where in the tile it lies, and so not on how a population is split among actors.
 LANES = 16
 
 # Temporaries of about this many bytes are worked on at once by one CPU thread: they stay in the caches and cost no page
 # faults. Measured on 2 cores with 1 MiB of L2 each and 32 MiB of L3 (torch 2.15).
 CPU_WORKING_SET = 8 * 2**20
 CPU_MEMBERS = 32
+# glibc hands freed memory back to the system once there is more of it than twice the largest block it has seen freed, and the
+# next tile then faults it in again, page by page: a third of the time of a small tile. After this block it keeps some.
+KEPT_BLOCK = 31 * 2**20
 # A GPU wants few large launches.
 GPU_WORKING_SET = 4 * 2**30
 GPU_MEMBERS = 256
@@ -125,6 +128,7 @@ def give_threads_to_tiles() -> None:
 @lru_cache(maxsize=1)
 def _workers(threads: int) -> ThreadPoolExecutor:
     """As many workers as torch may use threads; inside a worker torch uses one."""
+    torch.empty(KEPT_BLOCK, dtype=torch.uint8)
     return ThreadPoolExecutor(threads, "evocert-tile", initializer=torch.set_num_threads, initargs=(1,))
 
 

@@ -69,7 +69,9 @@ class PGPE(EvoTorchPGPE):
         **more: Any,
     ) -> None:
         if "num_interactions" in more or "popsize_max" in more:
-            raise InputError("num_interactions and popsize_max are for reinforcement learning: allowed is a fixed popsize")
+            raise InputError(
+                "num_interactions and popsize_max are for reinforcement learning: allowed is a fixed popsize"
+            )
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(
