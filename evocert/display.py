@@ -102,8 +102,8 @@ def show_results(results: dict[str, Any], folder: Path, written: list[str]) -> N
     console = Console(highlight=False)
     start = "random weights" if results["init_from"] is None else f"the weights of {results['init_from']}"
     title = (
-        f"{results['problem']}: {results['method']} with {results['bound']} from {start}, seed {results['seed']}, "
-        f"{results['generations']} generations in {_clock(results['train_seconds'])}"
+        f"{results['problem']}: {results['method']} with {results['bound']}, {results['generations']} generations in "
+        f"{_clock(results['train_seconds'])}\nfrom {start}, seed {results['seed']}"
     )
     table = Table(safe_box=True)
     table.add_column(f"accuracy on {results['examples']} {results['split']} images")

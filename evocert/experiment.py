@@ -19,7 +19,7 @@ from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
 from evocert.schedules import CONSTANT, Schedule
 from evocert.searchers import METHODS
-from evocert.settings import check_choice, check_range, check_types, nearest, parse_setting, plain, type_of
+from evocert.settings import as_float, check_choice, check_range, check_types, nearest, parse_setting, plain, type_of
 from evocert.user_files import UserFile
 
 # For each optimizer its options: a flag, or a number with a check and its words.
@@ -157,7 +157,7 @@ class Experiment:
         check_choice("select", self.select, SELECTIONS)
         if not self.data.endswith(".npz"):
             check_choice("data", self.data, DATASETS, ", or the path of an .npz file")
-        for name in _PATHS:
+        for name in (*_PATHS, "data"):
             path = getattr(self, name)
             check_range(path is None or (path != "" and "\0" not in path), name, path, "a path, or none")
         self._check_network()
@@ -168,21 +168,16 @@ class Experiment:
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             check_choice("device", self.device, ("auto", "cpu", "cuda", "cuda:0", "cuda:1"), " and so on")
         parse_bytes(self.memory_budget)
-        check_range(
-            re.search(r"[/\\\x00-\x1f]", self.problem) is None and self.problem not in (".", ".."),
-            "problem",
-            self.problem,
-            "a name that a folder can have",
-        )
+        good = re.search(r"[/\\\x00-\x1f]", self.problem) is None and self.problem not in (".", "..")
+        check_range(good, "problem", self.problem, "a name that a folder can have")
 
     def _check_network(self) -> None:
         if isinstance(self.network, str):
             check_choice("network", self.network, NETWORKS)
         if isinstance(self.network, nn.Module):
             for name in ("width", "depth", "mean", "std"):
-                check_range(
-                    getattr(self, name) is None, name, getattr(self, name), "none: the network is a module already"
-                )
+                value = getattr(self, name)
+                check_range(value is None, name, value, "none: the network is a module already")
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise InputError(f"mean={list(self.mean)}, std={list(self.std)}: allowed are lists of one length")
         for name, lowest in (("mean", -math.inf), ("std", 0)):
@@ -194,9 +189,8 @@ class Experiment:
     def _check_numbers(self) -> None:
         check_range(0 <= self.eps <= 1, "eps", self.eps, "0 to 1, in [0, 1] pixels")
         check_range(0 <= self.radius <= 1, "train_eps", self.train_eps, "0 to 1, in [0, 1] pixels, or none")
-        check_range(
-            0 < self.validation_fraction < 1, "validation_fraction", self.validation_fraction, "over 0, under 1"
-        )
+        part = self.validation_fraction
+        check_range(0 < part < 1, "validation_fraction", part, "over 0, under 1")
         for name in ("generations", "batch_size", "validations"):
             check_range(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "1 or more, less than 2**31")
         for name in ("natural_every", "num_actors"):
@@ -219,7 +213,7 @@ class Experiment:
         # None is EvoTorch's word for an option's default, and the only way to unset one by --set.
         config = {key: value for key, value in self.optimizer_config.items() if value is not None}
         allowed = OPTIMIZERS[self.optimizer] if self.optimizer else {}
-        for key, value in config.items():
+        for key, value in list(config.items()):
             check_choice(f"a name in optimizer_config of optimizer={self.optimizer}", key, allowed)
             if allowed[key] is bool:
                 check_range(isinstance(value, bool), f"optimizer_config.{key}", value, "true or false")
@@ -227,6 +221,7 @@ class Experiment:
                 number = isinstance(value, int | float) and not isinstance(value, bool)
                 good, words = allowed[key]
                 check_range(number and good(value), f"optimizer_config.{key}", value, words)
+                config[key] = as_float(f"optimizer_config.{key}", value)
         if ("beta1" in config) != ("beta2" in config):
             given, lacking = sorted(("beta1", "beta2"), key=lambda name: name not in config)
             raise InputError(f"optimizer_config.{given}={config[given]}: allowed is together with {lacking} only")
@@ -340,9 +335,8 @@ def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experim
     for group, values in groups.items():
         before = getattr(experiment, group)
         try:
-            changes[group] = (
-                {**before, **values} if isinstance(before, Mapping) else dataclasses.replace(before, **values)
-            )
+            is_dict = isinstance(before, Mapping)
+            changes[group] = {**before, **values} if is_dict else dataclasses.replace(before, **values)
         except InputError as error:
             raise InputError(f"{group}: {error}") from error
     return dataclasses.replace(experiment, **changes)
@@ -354,10 +348,9 @@ def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str, Any]:
     for outer in dataclasses.fields(Experiment):
         value = getattr(experiment, outer.name)
         if outer.name == "optimizer_config":
-            inner = {
-                name: bool if kind is bool else float for some in OPTIMIZERS.values() for name, kind in some.items()
-            }
-            names |= {f"{outer.name}.{name}": (outer.name, name, kind | None) for name, kind in sorted(inner.items())}
+            options = {name: kind for some in OPTIMIZERS.values() for name, kind in some.items()}
+            for name, kind in sorted(options.items(), key=lambda option: option[0]):
+                names[f"{outer.name}.{name}"] = (outer.name, name, bool | None if kind is bool else float | None)
         elif dataclasses.is_dataclass(value):
             kinds = {f.name: type_of(type(value), f.name) for f in dataclasses.fields(value)}
             names |= {f"{outer.name}.{name}": (outer.name, name, kind) for name, kind in kinds.items()}

@@ -27,7 +27,7 @@ def cnn3(
         mean, std: of each channel, for the normalisation.
         width: channels of the first convolution.
     """
-    return _convolutional(
+    return _with_head(
         input_shape,
         [
             Normalize(mean, std),
@@ -44,7 +44,7 @@ def cnn5(
     input_shape: Shape, num_classes: int, *, mean: Sequence[float], std: Sequence[float], width: int = 16
 ) -> nn.Sequential:
     """Three convolutions (3x3 and twice 4x4 with stride 2) and two linear layers, the first to 512. Arguments as cnn3."""
-    return _convolutional(
+    return _with_head(
         input_shape,
         [
             Normalize(mean, std),
@@ -69,10 +69,10 @@ def fully_connected(
     depth: int = 3,
 ) -> nn.Sequential:
     """``depth`` linear layers, ``width`` neurons in each hidden one. Other arguments as cnn3."""
-    return _convolutional(input_shape, [Normalize(mean, std)], [width] * (depth - 1) + [num_classes])
+    return _with_head(input_shape, [Normalize(mean, std)], [width] * (depth - 1) + [num_classes])
 
 
-def _convolutional(input_shape: Shape, features: list[nn.Module], sizes: list[int]) -> nn.Sequential:
+def _with_head(input_shape: Shape, features: list[nn.Module], sizes: list[int]) -> nn.Sequential:
     """Features, then Flatten, then linear layers of these sizes with ReLUs between."""
     layers = [*features, nn.Flatten()]
     try:

@@ -77,11 +77,11 @@ def check_types(settings: Any) -> None:
         if not any(_is(value, option) for option in options):
             raise InputError(f"{f.name}={shown(value)} is of type {type(value).__name__}: allowed is {_names(kind)}")
         if float in options and int not in options and isinstance(value, int):
-            value = _as_float(f.name, value)
+            value = as_float(f.name, value)
         elif isinstance(value, list):
             value = tuple(value)
         if Sequence[float] in options and value is not None:
-            value = tuple(_as_float(f.name, item) for item in value)
+            value = tuple(as_float(f.name, item) for item in value)
         if isinstance(value, float) and math.isnan(value):
             raise InputError(f"{f.name}={value!r}: allowed is a number")
         object.__setattr__(settings, f.name, value)
@@ -104,7 +104,8 @@ def _is(value: Any, option: Any) -> bool:
     return isinstance(value, origin)
 
 
-def _as_float(name: str, value: Any) -> float:
+def as_float(name: str, value: Any) -> float:
+    """A number that may be whole and too large. Raises InputError."""
     try:
         return float(value)
     except OverflowError:

@@ -56,7 +56,13 @@ class Network:
         Centre and radius, in and out; lower and upper before the activation; and for a convolution the copies in
         blocked memory order that the kernels make of input and output.
         """
-        return max(4 * (_size(layer.input_shape) + _size(layer.output_shape)) for layer in self.layers)
+        widest = max(4 * (_size(layer.input_shape) + _size(layer.output_shape)) for layer in self.layers)
+        # The last layer: centre and radius in, the spread of each pair of classes, margins and what they are made of.
+        return max(widest, 2 * _size(self.layers[-1].input_shape) + self._pairs + 6 * self.num_classes)
+
+    @property
+    def _pairs(self) -> int:
+        return self.num_classes * (self.num_classes - 1) // 2
 
     @property
     def floats_per_member(self) -> int:
@@ -66,8 +72,7 @@ class Network:
             if getattr(layer, "dense", False):
                 numbers += 2 * _size(layer.input_shape) * _size(layer.output_shape)
         last = self.layers[-1]
-        pairs = self.num_classes * (self.num_classes - 1) // 2
-        return numbers + (3 * pairs * _size(last.input_shape) if isinstance(last, Linear) else 0)
+        return numbers + (3 * self._pairs * _size(last.input_shape) if isinstance(last, Linear) else 0)
 
 
 def _size(shape: Shape) -> int:

@@ -40,7 +40,7 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
         module = copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
     except Exception as error:  # the old weight_norm, lazy layers, the meta device
         raise UnsupportedLayer(
-            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its layers' own, and there"
+            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its layers' own, and initialised"
         ) from error
     offsets, total = {}, 0
     for parameter in module.parameters():
@@ -302,9 +302,9 @@ def _check_outputs(module: nn.Module, network: Network) -> None:
     for parameter in module.parameters():
         parameter.copy_(parameters[offset : offset + parameter.numel()].view_as(parameter))
         offset += parameter.numel()
-    found = network.logits(parameters.unsqueeze(0), images)[0]
     try:
         expected = module(images)
+        found = network.logits(parameters.unsqueeze(0), images)[0]
         difference = f"difference {(found - expected).abs().max().item():.3g}"
         same = torch.allclose(found, expected, rtol=1e-9, atol=1e-9)
     except Exception as error:  # whatever a hook made of the outputs

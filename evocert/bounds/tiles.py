@@ -9,6 +9,7 @@ machine, where one of them is late every time, a generation of CNN3 (w=4) on 8x8
 It also takes the number of threads out of what the bits depend on.
 """
 
+import os
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
@@ -23,7 +24,11 @@ OnTile = Callable[..., Tensor]  # (members, *inputs) -> [P, B, ...]
 
 
 class Tile(NamedTuple):
-    """How many members and images are worked on at once."""
+    """How many members and images are worked on at once.
+
+    A member's bits depend on nothing but itself, the images and this shape, if ``images`` is a multiple of ``LANES`` and
+    ``members`` is 1 or even. ``choose_tile`` gives such tiles.
+    """
 
     members: int
     images: int
@@ -86,6 +91,10 @@ def over_tiles(
         inputs: tensors ``[B, ...]``.
         tile: its shape, or None for everything at once.
     """
+    if not (len(parameters) and len(inputs[0])):  # one tile of zeros tells what shape and dtype nothing has
+        zeros = (tensor.new_zeros(1, *tensor.shape[1:]) for tensor in inputs)
+        like = on_tile(network.bind(parameters.new_zeros(1, parameters.shape[1])), *zeros)
+        return like.new_zeros(len(parameters), len(inputs[0]), *like.shape[2:])
     if tile is None:
         return on_tile(network.bind(parameters), *inputs)
     columns = [
@@ -130,6 +139,10 @@ def _workers(threads: int) -> ThreadPoolExecutor:
     """As many workers as torch may use threads; inside a worker torch uses one."""
     torch.empty(KEPT_BLOCK, dtype=torch.uint8)
     return ThreadPoolExecutor(threads, "evocert-tile", initializer=torch.set_num_threads, initargs=(1,))
+
+
+if hasattr(os, "register_at_fork"):
+    os.register_at_fork(after_in_child=_workers.cache_clear)  # a forked process has the pool, but none of its threads
 
 
 def _without_graph(work: Callable[[], Tensor]) -> Tensor:

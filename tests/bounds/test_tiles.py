@@ -1,0 +1,169 @@
+"""Tiles: padding does not leak, nothing depends on the split, and nothing of the process is changed."""
+
+import os
+import threading
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+from evocert.bounds import BOUNDS, Tile, box_around, layers, logit_margins, over_tiles, read_network
+from evocert.bounds.tiles import LANES
+from evocert.losses import cross_entropy_of_margins
+from evocert.networks import flat_parameters
+
+DTYPES = [torch.float32, torch.float64]
+NETWORK = read_network(nn.Sequential(nn.Flatten(), nn.Linear(1, 2)), (1, 1, 1))  # D = 4
+
+
+@settings(max_examples=60, deadline=None, derandomize=True)
+@given(members=st.integers(1, 7), images=st.integers(1, 7), tile=st.tuples(st.integers(1, 9), st.integers(1, 9)))
+@pytest.mark.parametrize("grad", [True, False])
+def test_each_pair_is_where_it_belongs(grad, members, images, tile):
+    """A member and an image named by numbers: the padding shows as a name in a wrong place."""
+    parameters = torch.arange(members).float().unsqueeze(1).expand(-1, 4) * 100
+    names = torch.arange(images).float().reshape(-1, 1, 1, 1)
+    shapes = []
+
+    def on_tile(rows, part):
+        shapes.append((len(rows), len(part)))
+        return rows.parameters[:, :1] + part.flatten(1).T + torch.zeros(len(rows), 1)
+
+    with torch.set_grad_enabled(grad):
+        found = over_tiles(on_tile, NETWORK, parameters, (names,), Tile(*tile))
+    assert torch.equal(found, parameters[:, :1] + names.flatten())
+    assert set(shapes) == {tile}
+
+
+@settings(max_examples=25, deadline=None, derandomize=True)
+@given(tile=st.tuples(st.integers(1, 6), st.integers(1, 12)))
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_a_gradient_knows_no_padding(dtype, bound, tile):
+    torch.manual_seed(0)
+    module = nn.Sequential(nn.Flatten(), nn.Linear(4, 5), nn.ReLU(), nn.Linear(5, 3))
+    network = read_network(module, (1, 2, 2))
+    parameters = torch.randn(5, network.num_parameters, dtype=torch.float64).to(dtype).requires_grad_()
+    box, labels = box_around(torch.rand(7, 1, 2, 2).to(dtype), 0.1), torch.arange(7) % 3
+
+    def gradient(shape):
+        margins = BOUNDS[bound](network, parameters, box, labels, tile=shape)
+        return torch.autograd.grad(cross_entropy_of_margins(margins).sum(), parameters)[0]
+
+    tolerance = 1e-5 if dtype == torch.float32 else 1e-12
+    torch.testing.assert_close(gradient(Tile(*tile)), gradient(None), rtol=tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("tile", [None, Tile(2, 3)])
+@pytest.mark.parametrize(("members", "images"), [(0, 4), (3, 0), (0, 0)])
+def test_nothing_gives_nothing(members, images, tile):
+    module = nn.Sequential(nn.Conv2d(1, 2, 2), nn.Flatten(), nn.Linear(8, 5))
+    network = read_network(module, (1, 3, 3))
+    box, labels = box_around(torch.rand(images, 1, 3, 3).double(), 0.1), torch.zeros(images, dtype=torch.int64)
+    parameters = flat_parameters(module).double().expand(members, -1)
+    found = BOUNDS["ibp"](network, parameters, box, labels, tile=tile)
+    assert found.shape == (members, images, 4)
+    assert found.dtype == torch.float64
+
+
+ACTIVATIONS = [nn.ReLU(), nn.Sigmoid(), nn.Tanh(), nn.LeakyReLU(0.3)]
+
+
+@st.composite
+def cases(draw):
+    channels, size = draw(st.integers(1, 3)), draw(st.integers(6, 9))
+    torch.manual_seed(draw(st.integers(0, 10**6)))
+    chain = []
+    if draw(st.booleans()):
+        groups = draw(st.sampled_from([1, channels]))
+        first = groups * draw(st.integers(1, 5))
+        chain = [nn.Conv2d(channels, first, draw(st.integers(1, 3)), groups=groups), draw(st.sampled_from(ACTIVATIONS))]
+        chain += [nn.Conv2d(first, draw(st.integers(1, 7)), 2, stride=draw(st.integers(1, 2)))]
+    chain.append(nn.Flatten())
+    features = nn.Sequential(*chain)(torch.zeros(1, channels, size, size)).shape[1]
+    hidden = draw(st.integers(3, 40))
+    chain += [nn.Linear(features, hidden), draw(st.sampled_from(ACTIVATIONS)), nn.Linear(hidden, draw(st.integers(2, 11)))]
+    tile = Tile(draw(st.sampled_from([2, 4, 6])), LANES * draw(st.integers(1, 2)))
+    return nn.Sequential(*chain), (channels, size, size), tile, draw(st.integers(5, 9)), draw(st.integers(1, 40))
+
+
+@settings(max_examples=40, deadline=None, derandomize=True)
+@given(case=cases())
+@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("dtype", DTYPES)
+@pytest.mark.parametrize("dense_size", [0, 10**6])
+def test_bits_of_a_member_depend_on_nothing_else(dense_size, dtype, bound, case):
+    """Margins, loss and natural margins: other members, their number, the place in the tile, torch's threads."""
+    module, shape, tile, members, images = case
+    network = read_network(module, shape)
+    parameters = (flat_parameters(module) + 0.1 * torch.randn(members, network.num_parameters)).to(dtype)
+    pixels, labels = torch.rand(images, *shape).to(dtype), torch.randint(network.num_classes, (images,))
+
+    def on_tile(rows, pixels, labels):
+        margins = BOUNDS[bound].margins(rows, box_around(pixels, 0.07), labels)
+        natural = logit_margins(rows.logits(pixels), labels)
+        return torch.cat((margins, cross_entropy_of_margins(margins).unsqueeze(2), natural), 2)
+
+    def run(rows):
+        with torch.no_grad():
+            return over_tiles(on_tile, network, parameters[rows], (pixels, labels), tile)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(layers, "DENSE_SIZE", dense_size)
+        everybody = list(range(members))
+        whole = run(everybody)
+        for rows in ([members - 1], [3, 0, 2], everybody[::-1], everybody[1:]):
+            assert torch.equal(run(rows), whole[rows])
+        threads = torch.get_num_threads()
+        try:
+            for torch_threads in (1, 2):
+                torch.set_num_threads(torch_threads)
+                assert torch.equal(run(everybody), whole)
+        finally:
+            torch.set_num_threads(threads)
+
+
+def test_a_worker_that_fails_is_heard_and_leaves_nothing_behind():
+    def on_tile(rows, part):
+        raise ZeroDivisionError("inside a tile")
+
+    before = torch.get_num_threads()
+    with torch.no_grad(), pytest.raises(ZeroDivisionError, match="inside a tile"):
+        over_tiles(on_tile, NETWORK, torch.zeros(5, 4), (torch.zeros(3, 1, 1, 1),), Tile(2, 2))
+    assert torch.get_num_threads() == before
+    assert torch.is_grad_enabled()
+
+
+def test_threads_of_a_backward_pass_are_those_of_the_main_thread():
+    """Workers set their own number of threads: torch keeps a number for the whole process, too."""
+    before, seen = torch.get_num_threads(), []
+    with torch.no_grad():
+        over_tiles(lambda rows, part: rows.logits(part), NETWORK, torch.zeros(5, 4), (torch.zeros(3, 1, 1, 1),), Tile(2, 2))
+    x = torch.zeros(3, requires_grad=True)
+    x.register_hook(lambda grad: seen.append(torch.get_num_threads()))
+    x.sum().backward()
+    assert seen == [before]
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="no fork here")
+@pytest.mark.filterwarnings("ignore:.*multi-threaded, use of fork.*:DeprecationWarning")
+def test_a_forked_process_has_workers_of_its_own():
+    def work():
+        with torch.no_grad():
+            return over_tiles(
+                lambda rows, part: rows.logits(part), NETWORK, torch.ones(5, 4), (torch.ones(3, 1, 1, 1),), Tile(2, 2)
+            )
+
+    expected = work()
+    child = os.fork()
+    if child == 0:
+        os._exit(0 if torch.equal(work(), expected) else 1)
+    done = []
+    waiter = threading.Thread(target=lambda: done.append(os.waitpid(child, 0)[1]), daemon=True)
+    waiter.start()
+    waiter.join(20)
+    if not done:
+        os.kill(child, 9)
+    assert done == [0]
