@@ -65,5 +65,16 @@ def test_imports_are_light(statement):
     assert done.stdout.strip() == "[]"
 
 
+def test_help_is_light():
+    code = (
+        "import sys; sys.argv = ['evocert', '--help']; from evocert.cli import main\n"
+        "try: main()\n"
+        "except SystemExit as end: print('status', end.code, [m for m in ('torch', 'evotorch') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "status 0 []"
+    assert "resume" in done.stdout
+
+
 def test_files_stay_small():
     assert not {str(p): n for p in FILES if (n := len(p.read_text().splitlines())) > 400}

@@ -44,3 +44,11 @@ def test_parameters_go_in_and_out_in_order():
     assert torch.equal(flat_parameters(module).double(), vector)
     assert module[1].weight.flatten()[1] == 1
     assert module[1].weight.dtype == torch.float32
+
+
+def test_shapes_of_the_layers():
+    maps = [layer.output_shape for layer in read_network(cnn3((1, 28, 28), 10, **GREY), (1, 28, 28)).layers]
+    assert maps == [(1, 28, 28), (16, 14, 14), (16, 14, 14), (32, 7, 7), (32, 7, 7), (1568,), (10,)]
+    maps = [layer.output_shape for layer in read_network(cnn5((3, 32, 32), 7, **COLOUR), (3, 32, 32)).layers]
+    assert maps[1::2][:3] == [(16, 32, 32), (16, 16, 16), (32, 8, 8)]
+    assert maps[-4:] == [(2048,), (512,), (512,), (7,)]

@@ -14,7 +14,7 @@ from typing import Any, NoReturn
 import torch
 import torch.fx
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from evocert import modules
 from evocert.bounds.layers import Activation, Conv2d, Flatten, Layer, Linear, Normalize, Shape, Slot
@@ -40,7 +40,8 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
         module = copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
     except Exception as error:  # the old weight_norm, lazy layers, the meta device
         raise UnsupportedLayer(
-            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its layers' own, and initialised"
+            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its "
+            "layers' own, and initialised"
         ) from error
     offsets, total = {}, 0
     for parameter in module.parameters():

@@ -46,7 +46,9 @@ def test_a_convolution_and_its_magnitude(convolution, dtype, shared, lowering, m
     network, parameters = population(nn.Sequential(convolution, nn.Flatten(), nn.Linear(features, 2)), SHAPE, 3, dtype)
     bound = network.bind(parameters).bound[0]
     assert isinstance(bound, BoundDense if lowering == "dense" else BoundConvolution)
-    x = torch.rand(1 if shared else 3, 4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(dtype)
+    x = torch.rand(1 if shared else 3, 4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
+        dtype
+    )
     affine, magnitude = bound.affine(x), bound.magnitude(x)
     own = sum(p.numel() for p in convolution.parameters())
     with torch.no_grad():
@@ -72,6 +74,7 @@ def description(convolution):
 def test_gradients(bound, lowering, tile, monkeypatch):
     """Away from kinks, through two convolutions of which the first has a shared input, and in padded tiles."""
     lower_as(monkeypatch, lowering)
+    torch.set_num_threads(1)  # many tiny operations: threads would wait for each other
     module = nn.Sequential(
         nn.Conv2d(1, 2, 2, stride=2, padding=1),
         nn.ReLU(),
@@ -109,7 +112,9 @@ def test_dense_product(dtype, shared, bias):
     weight, offset = (torch.randn(*s, generator=generator, dtype=dtype) for s in ((3, 4, 6), (3, 4)))
     x = torch.randn(1 if shared else 3, 5, 2, 3, generator=generator, dtype=dtype)
     found = dense_product(weight, offset if bias else None, x)
-    expected = torch.einsum("poi,pbi->pbo", weight, x.flatten(2).expand(3, -1, -1)) + (offset.unsqueeze(1) if bias else 0)
+    expected = torch.einsum("poi,pbi->pbo", weight, x.flatten(2).expand(3, -1, -1)) + (
+        offset.unsqueeze(1) if bias else 0
+    )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
 
 

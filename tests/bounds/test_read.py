@@ -46,6 +46,11 @@ SUPPORTED = {
     ),
     "view by size": lambda m, x: m.last(m.first((h := m.conv(x).relu()).view(h.size(0), -1))),
     "reshape by shape": lambda m, x: m.last(m.first((h := torch.relu(m.conv(x))).reshape(h.shape[0], -1))),
+    "batch size of the input": lambda m, x: m.last(m.first(m.conv(x).view(x.size(0), -1))),
+    "reshape by keyword": lambda m, x: m.last(m.first(m.conv(x).reshape(shape=(x.shape[0], -1)))),
+    "reshape as a function": lambda m, x: m.last(m.first(torch.reshape(m.conv(x), (x.shape[0], -1)))),
+    "relu6 by keyword": lambda m, x: m.last(F.relu6(input=m.first(m.conv(x).flatten(start_dim=1)))),
+    "dropout by keyword": lambda m, x: m.last(F.dropout(m.first(m.conv(x).flatten(1)), training=False)),
     "view to a number": lambda m, x: m.last(m.first(m.conv(x).view(-1, 36))),
     "other activations": lambda m, x: m.last(torch.tanh(m.first(F.leaky_relu(m.conv(x), 0.3).flatten(1))).sigmoid()),
     "hardtanh": lambda m, x: m.last(F.hardtanh(m.first(m.conv(x).flatten(1)), -0.1, 0.2)),
@@ -109,6 +114,12 @@ REFUSED = {
     "view by another size": (lambda m, x: m.last(m.first((h := m.conv(x)).view(h.size(1), -1))), "size"),
     "half a flatten": (lambda m, x: m.last(m.first(m.conv(x).flatten(2).flatten(1))), "start_dim=1"),
     "linear on a map": (lambda m, x: m.last(m.same(x)), "Linear at 'last'"),
+    "dropout by default in training": (lambda m, x: F.dropout(relu_flat(m, x), 0.0), "dropout"),
+    "a flatten of everything": (lambda m, x: m.last(m.first(torch.flatten(m.conv(x)))), "Flatten at 'flatten'"),
+    "view to two unknowns": (lambda m, x: m.last(m.first(m.conv(x).view(-1, -1))), "view"),
+    "hardtanh upside down": (lambda m, x: F.hardtanh(relu_flat(m, x), 1.0, -1.0), "hardtanh at 'hardtanh'"),
+    "a size as a number": (lambda m, x: F.leaky_relu(relu_flat(m, x), x.size(0)), "LeakyReLU at 'leaky_relu'"),
+    "a result thrown away": (lambda m, x: (m.conv(x), relu_flat(m, x))[1], "a connection that leaves the chain"),
     "dropout in training": (lambda m, x: F.dropout(relu_flat(m, x), 0.5, True), "dropout"),
 }
 
@@ -161,12 +172,48 @@ class Restless(nn.Module):
             nn.Sequential(nn.Flatten(), nn.utils.parametrizations.weight_norm(nn.Linear(60, 2))),
             "ParametrizedLinear at '1'",
         ),
+        (nn.Sequential(nn.Flatten(), nn.Flatten(2), nn.Linear(60, 2)), r"Flatten at '1' cannot take .* \[60\]"),
+        (nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Flatten(), nn.Linear(168, 2)), "ConvTranspose2d at '0'"),
+        (nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)), "MaxPool2d at '0'"),
+        (nn.Sequential(nn.Conv1d(2, 3, 3)), "Conv1d at '0'"),
+        (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "cannot be copied"),
+        (nn.Sequential(nn.Flatten(), nn.Linear(60, 2, device="meta")), "cannot be copied"),
+        (nn.Flatten(), "no layer with weights"),
         (TwoInputs(), "TwoInputs: a second input 'y'"),
         (Restless(), "gives other outputs"),
     ],
 )
 def test_refuses_modules(module, message):
-    with pytest.raises(UnsupportedLayer, match=message):
+    with pytest.raises(UnsupportedLayer, match=message) as refused:
+        read_network(module, SHAPE)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
+def test_refuses_the_old_weight_norm():
+    module = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(60, 3)))
+    with pytest.raises(UnsupportedLayer, match="cannot be copied"):
+        read_network(module, SHAPE)
+
+
+def test_refuses_a_normalisation_whose_radius_would_be_negative():
+    module = nn.Sequential(Normalize([0.2, 0.4], [0.5, 0.3]), nn.Flatten(), nn.Linear(60, 3))
+    module[0].std[1] = -0.3
+    with pytest.raises(UnsupportedLayer, match="allowed is positive"):
+        read_network(module, SHAPE)
+
+
+def test_a_flatten_of_a_vector_is_nothing():
+    """So that the margins can be folded into the linear layer before it."""
+    network = read_network(nn.Sequential(nn.Flatten(), nn.Linear(60, 3), nn.Flatten()), SHAPE)
+    assert [layer.kind for layer in network.layers] == ["Flatten", "Linear"]
+
+
+@pytest.mark.parametrize("change", [lambda output: output[:, :2], lambda output: (output, output)])
+def test_refuses_a_hook_that_changes_what_outputs_are(change):
+    module = nn.Sequential(nn.Flatten(), nn.Linear(60, 3))
+    module.register_forward_hook(lambda layer, inputs, output: change(output))
+    with pytest.raises(UnsupportedLayer, match="gives other outputs"):
         read_network(module, SHAPE)
 
 
