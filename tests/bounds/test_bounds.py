@@ -14,7 +14,7 @@ from evocert.bounds import BOUNDS, Box, Tile, box_around, choose_tile, layers, l
 from evocert.bounds.tiles import LANES, worker_count
 from evocert.modules import Normalize
 from evocert.networks import cnn3, flat_parameters, with_parameters
-from tests.bounds.reference import ibp_margins
+from reference import ibp_margins
 
 pytestmark = pytest.mark.filterwarnings("ignore:Using padding='same'")  # torch's own, of its speed
 

@@ -6,6 +6,7 @@ from torch import nn
 
 from evocert.bounds import BOUNDS, Tile, box_around, layers, read_network
 from evocert.bounds.layers import BoundConvolution, BoundDense, dense_product
+from evocert.bounds.margins import class_pairs
 from evocert.networks import flat_parameters, with_parameters
 
 DTYPES = [torch.float32, torch.float64]
@@ -94,8 +95,10 @@ def test_gradients(bound, lowering, tile, monkeypatch):
 @pytest.mark.parametrize("bound", BOUNDS)
 def test_gradients_work_after_inference_mode(bound):
     """Index tables that were first made under inference_mode serve a later backward pass."""
-    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(98, 7))  # no other test's
+    module = nn.Sequential(nn.Conv2d(1, 2, 3, padding=2), nn.ReLU(), nn.Flatten(), nn.Linear(98, 7))
     network, parameters = population(module, (1, 5, 5), 2, torch.float32)
+    layers._dense_index.cache_clear()  # as in a process that was handed the network, and has not read it
+    class_pairs.cache_clear()
     box, labels = box_around(torch.rand(2, 1, 5, 5), 0.1), torch.tensor([0, 6])
     with torch.inference_mode():
         BOUNDS[bound](network, parameters, box, labels)
@@ -116,6 +119,19 @@ def test_dense_product(dtype, shared, bias):
         offset.unsqueeze(1) if bias else 0
     )
     torch.testing.assert_close(found, expected, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
+def test_bits_of_a_convolution_do_not_depend_on_the_members_place(dtype, monkeypatch):
+    """Sizes at which torch's float64 convolution rounds otherwise for the second of two members with a shared input."""
+    lower_as(monkeypatch, "grouped")
+    module = nn.Sequential(nn.Conv2d(3, 9, 2, stride=2, padding=1), nn.Flatten(), nn.Linear(324, 2))
+    network, parameters = population(module, (3, 11, 11), 2, dtype)
+    x = torch.rand(1, 16, 3, 11, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
+    for name in ("affine", "magnitude"):
+        there = getattr(network.bind(parameters).bound[0], name)(x)
+        swapped = getattr(network.bind(parameters.flip(0)).bound[0], name)(x)
+        assert torch.equal(there, swapped.flip(0))
 
 
 def test_a_layer_that_runs_twice_has_both_gradients():
