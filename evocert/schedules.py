@@ -8,6 +8,7 @@ import math
 from collections.abc import Callable
 from dataclasses import dataclass
 
+from evocert.errors import InputError
 from evocert.settings import check_choice, check_range, check_types
 
 
@@ -35,7 +36,8 @@ class Schedule:
     def __post_init__(self) -> None:
         check_types(self)
         check_choice("shape", self.shape, SHAPES)
-        check_range(0 <= self.start <= self.end <= 1, "start, end", (self.start, self.end), "0 <= start <= end <= 1")
+        if not 0 <= self.start <= self.end <= 1:
+            raise InputError(f"start={self.start}, end={self.end}: allowed is 0 <= start <= end <= 1")
         for name in ("first", "last"):
             value = getattr(self, name)
             check_range(0 <= value < math.inf, name, value, "a finite number, 0 or more")

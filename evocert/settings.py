@@ -128,7 +128,8 @@ def _name(option: Any) -> str:
     origin = typing.get_origin(option) or option
     if origin is Sequence:
         return "a list"
-    return _KINDS.get(origin) or f"a {origin.__name__}"
+    article = "an" if origin.__name__[0] in "AEIOU" else "a"
+    return _KINDS.get(origin) or f"{article} {origin.__name__}"
 
 
 def shown(value: Any) -> str:
@@ -136,7 +137,7 @@ def shown(value: Any) -> str:
     try:
         text = " ".join(repr(value).split())
     except Exception:  # a user's own class, or a whole number with more digits than Python prints
-        text = f"a {type(value).__name__}"
+        text = f"<{type(value).__name__}>"
     return text if len(text) <= 120 else f"{text[:117]}..."
 
 
@@ -175,7 +176,7 @@ def check_range(condition: bool, name: str, value: Any, allowed: str) -> None:
 def nearest(name: str, allowed: Iterable[str], count: int = 1) -> list[str]:
     """What a mistyped name was meant to be, the nearest first."""
     spelled = {_spelling(a): a for a in allowed}
-    return [spelled[near] for near in difflib.get_close_matches(_spelling(name), spelled, n=count, cutoff=0.5)]
+    return [spelled[near] for near in difflib.get_close_matches(_spelling(name), spelled, n=count)]
 
 
 def _spelling(name: str) -> str:

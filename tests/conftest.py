@@ -11,6 +11,9 @@ import torch
 from evocert.data import Part
 from evocert.networks import cnn3
 
+# One thread: operations as small as the tests' only wait for each other on two, for minutes where another process is busy.
+torch.set_num_threads(1)
+
 
 @pytest.fixture(autouse=True)
 def _threads():
