@@ -102,7 +102,7 @@ def _status() -> int:
     except InputError as error:
         return _complain(error, "", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped before there was anything to resume", "", 130)
+        return _complain("stopped before the training began", "", 130)
     except Exception as error:
         if callable(message := getattr(error, "format_message", None)):
             return _parser_complaint(error, message())
@@ -120,6 +120,8 @@ def _parser_complaint(error: Exception, message: str) -> int:
 
 def _failure(error: Exception) -> int:
     """What only torch's side of the package can raise, so that it is not imported before."""
+    import torch
+
     from evocert.bounds import UnsupportedLayer
     from evocert.evaluation import ContradictionError
     from evocert.problem import NonFiniteFitnessError
@@ -131,6 +133,9 @@ def _failure(error: Exception) -> int:
         return _complain(error, f"; to continue: evocert resume {shlex.quote(str(error.run_path))}", 130)
     if isinstance(error, ContradictionError | NonFiniteFitnessError):
         return _complain(error, "", 1)
+    if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
+        smaller = "; a smaller memory_budget, popsize or batch_size needs less; what a run has written is kept"
+        return _complain("out of memory", smaller, 1)
     if isinstance(error, OSError):
         kept = "; the last good checkpoint is kept: free some space, then evocert resume RUN"
         return _complain(error, kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else "", 1)

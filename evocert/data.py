@@ -74,6 +74,14 @@ class Part:
         channels, height, width = self.images.shape[1:]
         return channels, height, width
 
+    @property
+    def sha256(self) -> str:
+        """Of the images and labels as stored."""
+        content = hashlib.sha256()
+        for tensor in (self.images, self.labels):
+            content.update(tensor.contiguous().numpy().data)
+        return content.hexdigest()
+
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images ``[B, C, H, W]``, float32 in [0, 1], always a copy, and labels ``[B]``, int64, of these rows."""
         return self.images[rows].to(torch.float32) / self.scale, self.labels[rows]
@@ -99,10 +107,19 @@ class Dataset:
         return self.train.image_shape
 
     def split_record(self) -> dict[str, Any]:
-        """What split.json holds: ``{"data": name, "train": {"of": "train", "indices": [...]}, ...}``, plain values."""
+        """What split.json holds, plain values.
+
+        ``{"data": name, "train": {"of": "train", "indices": [...], "sha256": ...}, ...}``: the hash is that of the part's
+        images and labels, in order.
+        """
         parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        record = {key: {"of": self.sources[key], "indices": part.indices.tolist()} for key, part in parts.items()}
-        return {"data": self.name, **record}
+        return {
+            "data": self.name,
+            **{
+                key: {"of": self.sources[key], "indices": part.indices.tolist(), "sha256": part.sha256}
+                for key, part in parts.items()
+            },
+        }
 
 
 @dataclass(frozen=True)
@@ -164,7 +181,7 @@ def load(
         raise DataError(f"data_path={str(data_path)!r} is for data='npz' only, found data={name!r}")
 
     given = data_dir or os.environ.get("EVOCERT_DATA")
-    root = Path(given).expanduser() if given else Path.home() / ".cache" / "evocert"
+    root = data_folder(given) if given else Path.home() / ".cache" / "evocert"
     loaded = DATASETS[name](_Where(root, not given, None if data_path is None else Path(data_path), download))
     kept, taken = _stratified(loaded.train.labels, validation_fraction, seed)
     if len(taken) == 0:
@@ -172,6 +189,11 @@ def load(
         raise DataError(f"validation_fraction={validation_fraction} leaves no validation image ({found} of {name!r})")
     train, validation = loaded.train._take(kept), loaded.train._take(taken)
     return Dataset(name, train, validation, loaded.test, loaded.num_classes, loaded.sources)
+
+
+def data_folder(given: str | Path) -> Path:
+    """A folder as a user writes it, ``~`` and relative paths included, as an absolute path."""
+    return Path(given).expanduser().resolve()
 
 
 def channel_statistics(part: Part) -> tuple[list[float], list[float]]:
@@ -368,10 +390,9 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-DATASETS: dict[str, Callable[[_Where], _Loaded]] = {
-    "digits": _load_digits,
+TORCHVISION: dict[str, Callable[[_Where], _Loaded]] = {  # those that are looked up in ``data_dir``
     "mnist": partial(_load_idx, torchvision_class="MNIST"),
     "fashion_mnist": partial(_load_idx, torchvision_class="FashionMNIST"),
     "cifar10": _load_cifar10,
-    "npz": _load_npz,
 }
+DATASETS: dict[str, Callable[[_Where], _Loaded]] = {"digits": _load_digits, **TORCHVISION, "npz": _load_npz}

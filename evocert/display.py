@@ -1,5 +1,6 @@
 """What a user sees of a run: one live line in a terminal, a plain line now and then elsewhere, a table in the end."""
 
+import os
 import sys
 import time
 from pathlib import Path
@@ -44,11 +45,19 @@ class Silent:
         pass
 
 
+class _Console(Console):
+    def on_broken_pipe(self) -> None:
+        """Whoever read stdout is gone (``| head``, a ``tee`` that was killed). The run is worth more than its display."""
+        self.quiet = True
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        print("evocert: stdout was closed; the run goes on in silence", file=sys.stderr)
+
+
 class Terminal:
     """Two live lines where stdout is a terminal, otherwise a plain line every ten seconds."""
 
     def __init__(self) -> None:
-        self._console = Console(highlight=False)
+        self._console = _Console(highlight=False)
         self._natural = self._certified = float("nan")
         self._live: Live | None = None
         self._began = self._shown = 0.0
@@ -99,7 +108,7 @@ class Terminal:
 
 def show_results(results: dict[str, Any], folder: Path, written: list[str]) -> None:
     """The table at the end of a run, and the paths of what it wrote."""
-    console = Console(highlight=False)
+    console = _Console(highlight=False)
     start = "random weights" if results["init_from"] is None else f"the weights of {results['init_from']}"
     title = (
         f"{results['problem']}: {results['method']} with {results['bound']}, {results['generations']} generations in "

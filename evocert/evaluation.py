@@ -9,6 +9,7 @@ from torch import Tensor, nn
 from evocert.attacks import pgd
 from evocert.bounds import BOUNDS, Members, Network, Tile, box_around, choose_tile, logit_margins, over_tiles
 from evocert.data import Part
+from evocert.errors import InputError
 
 BATCH = 500  # images at a time; the bounds cut them further, into tiles
 
@@ -95,6 +96,21 @@ def evaluate(
     return Accuracy(correct.double().mean().item(), resistant.double().mean().item(), means)
 
 
+def evaluation_tile(
+    network: Network, bounds: Sequence[str], dtype: torch.dtype, budget: int, device: torch.device
+) -> Tile:
+    """The tile in which one network is evaluated by some bounds.
+
+    Raises:
+        InputError: the budget is too small for it.
+    """
+    floats = max([network.floats_per_pair, *(BOUNDS[name].floats_per_pair(network) for name in bounds)])
+    try:
+        return Tile(1, choose_tile(network, floats, BATCH, budget, device, dtype).images)
+    except ValueError as error:
+        raise InputError(f"in the evaluation: {error}") from error
+
+
 def _decide(
     network: Network, parameters: Tensor, part: Part, eps: float, bounds: Sequence[str], budget: int
 ) -> tuple[Tensor, dict[str, Tensor]]:
@@ -106,9 +122,7 @@ def _decide(
         margins = [natural, *(BOUNDS[name].margins(members, box, labels) for name in bounds)]
         return torch.stack([(m > 0).all(2) for m in margins], 2)
 
-    floats = max([network.floats_per_pair, *(BOUNDS[name].floats_per_pair(network) for name in bounds)])
-    floats *= parameters.element_size() // 4
-    tile = Tile(1, choose_tile(network, floats, BATCH, budget, parameters.device).images)
+    tile = evaluation_tile(network, bounds, parameters.dtype, budget, parameters.device)
     verdicts = []
     with torch.no_grad():
         for start in range(0, len(part), BATCH):

@@ -13,7 +13,7 @@ from typing import Any
 from torch import nn
 
 from evocert.bounds import BOUNDS
-from evocert.data import DATASETS
+from evocert.data import DATASETS, TORCHVISION, data_folder
 from evocert.errors import InputError
 from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
@@ -37,7 +37,7 @@ LOGGERS = (
     "StdOutLogger", "PandasLogger", "TensorBoardLogger", "MlflowLogger", "NeptuneLogger", "SacredLogger", "WandbLogger",
 )  # fmt: skip
 SELECTIONS = ("best", "last")
-_PATHS = ("data_dir", "data_path", "init_from")
+PATHS = ("data_dir", "data_path", "init_from")
 
 
 @dataclass(frozen=True)
@@ -71,7 +71,8 @@ class Experiment:
         data_path: the ``.npz`` file of "npz".
         download: whether torchvision may download what is absent.
         validation_fraction: share of the training images that validation takes.
-        network: a name in ``evocert.networks.NETWORKS``, a module, or a function (input_shape, num_classes) -> module.
+        network: a name in ``evocert.networks.NETWORKS``, a module, or a function (input_shape, num_classes) -> module. A
+            function's random weights follow ``seed``; a module is taken as it is. It is trained in float32.
         width, depth: of the named network, where it has one; None: its own default.
         mean, std: of each channel, for the normalisation; None: those of the training part.
         bound: a name in ``evocert.bounds.BOUNDS``.
@@ -157,7 +158,7 @@ class Experiment:
         check_choice("select", self.select, SELECTIONS)
         if not self.data.endswith(".npz"):
             check_choice("data", self.data, DATASETS, ", or the path of an .npz file")
-        for name in (*_PATHS, "data"):
+        for name in (*PATHS, "data"):
             path = getattr(self, name)
             check_range(path is None or (path != "" and "\0" not in path), name, path, "a path, or none")
         self._check_network()
@@ -301,12 +302,14 @@ def load_problem(
         found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
         raise InputError(f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)")
     # Paths in the file are relative to the file; paths on the command line to where the user is.
-    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*_PATHS, "data")}, file.base)
+    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*PATHS, "data")}, file.base)
     changes["problem"] = experiment.problem or name or path.stem
     if not isinstance(experiment.network, str | nn.Module):
         changes["network"] = file.function(experiment.network)
     changes["loggers"] = [file.function(f) if callable(f) else f for f in experiment.loggers]
     experiment = apply_overrides(dataclasses.replace(experiment, **changes), overrides)
+    if experiment.data in TORCHVISION and (folder := os.environ.get("EVOCERT_DATA")) and not experiment.data_dir:
+        experiment = dataclasses.replace(experiment, data_dir=str(data_folder(folder)))
     return LoadedProblem(experiment, file.source, tuple(_recorded(override, experiment) for override in overrides))
 
 
@@ -377,7 +380,7 @@ def _allowed(near: list[str], names: list[str]) -> str:
 
 def _absolute(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
     """Those settings that are paths, no longer relative."""
-    paths = {key: settings[key] for key in _PATHS if settings.get(key)}
+    paths = {key: settings[key] for key in PATHS if settings.get(key)}
     if str(settings.get("data", "")).endswith(".npz"):
         paths["data"] = settings["data"]
     return {key: str((base / os.path.expanduser(path)).resolve()) for key, path in paths.items()}
@@ -385,5 +388,5 @@ def _absolute(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
 
 def _recorded(override: str, experiment: Experiment) -> str:
     key = override.partition("=")[0].strip()
-    is_path = key in _PATHS or (key == "data" and experiment.data.endswith(".npz"))
+    is_path = key in PATHS or (key == "data" and experiment.data.endswith(".npz"))
     return f"{key}={getattr(experiment, key)}" if is_path else override

@@ -62,18 +62,38 @@ class TensorBoardLogger(Logger):
         self._writer.close()
 
 
-def attach_loggers(settings: Sequence[Any], searcher: SearchAlgorithm, folder: Path) -> list[Logger]:
+Rows = list[dict[str, Any]]
+
+
+def attach_loggers(
+    settings: Sequence[Any], searcher: SearchAlgorithm, folder: Path, rows: Sequence[Rows | None] | None = None
+) -> list[Logger]:
     """The loggers of an experiment, attached to its searcher.
 
     Args:
         settings: as in a problem file, see above.
         searcher: which they follow; after a resume their steps go on where it stands.
         folder: the run folder; TensorBoard's files go to ``tensorboard`` in it.
+        rows: what ``kept_rows`` gave in the process before.
 
     Raises:
         InputError: an unknown name, a missing package, or arguments that the logger does not take.
     """
-    return [_attach(setting, searcher, folder) for setting in settings]
+    loggers = [_attach(setting, searcher, folder) for setting in settings]
+    for logger, kept in zip(loggers, rows or [None] * len(loggers), strict=True):
+        if kept is not None:
+            logger._data = list(kept)
+    return loggers
+
+
+def kept_rows(loggers: Sequence[Logger]) -> list[Rows | None]:
+    """What loggers hold in memory until the end, for a checkpoint: plain values, None for those that hold nothing."""
+    return [
+        [{k: v for k, v in row.items() if isinstance(v, bool | int | float | str | None)} for row in logger._data]
+        if isinstance(logger, PandasLogger)
+        else None
+        for logger in loggers
+    ]
 
 
 def _attach(setting: Any, searcher: SearchAlgorithm, folder: Path) -> Logger:
@@ -97,6 +117,8 @@ def _attach(setting: Any, searcher: SearchAlgorithm, folder: Path) -> Logger:
             raise
         raise InputError(f"logger {name} with {arguments}: {' '.join(str(error).split())}") from error
     if isinstance(logger, Logger):
+        if logger._interval < 1:
+            raise InputError(f"logger {name} with interval={logger._interval}: allowed is 1 or more")
         logger._steps_count = searcher.step_count  # some of EvoTorch's count for themselves, from 1
     return logger
 

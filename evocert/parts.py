@@ -10,10 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evocert import bounds, networks, searchers
+from evocert import bounds, evaluation, networks, searchers
 from evocert.data import Dataset, channel_statistics, load
 from evocert.errors import InputError
 from evocert.experiment import Experiment
+from evocert.memory import parse_bytes
 from evocert.problem import CertifiedTraining
 from evocert.runs import Run, warn
 
@@ -30,8 +31,13 @@ class Parts:
     searcher: Any
 
 
-def build(experiment: Experiment, tile: bounds.Tile | None = None) -> Parts:
-    """The parts of a run; the tile is chosen if it is not given.
+def build(experiment: Experiment, tile: bounds.Tile | None = None, *, warm_start: bool = True) -> Parts:
+    """The parts of a run.
+
+    Args:
+        experiment: what it describes.
+        tile: of an earlier process of the same run; chosen if None.
+        warm_start: whether to read the start from ``init_from``; a checkpoint that is loaded afterwards replaces it.
 
     Raises:
         InputError, UnsupportedLayer: whatever in the experiment cannot be had here.
@@ -46,7 +52,7 @@ def build(experiment: Experiment, tile: bounds.Tile | None = None) -> Parts:
         seed=experiment.seed,
     )
     with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(experiment.seed)
+        torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would move CUDA's generators too
         module = _module(experiment, data)
     fraction = 1 / experiment.generations
     problem = CertifiedTraining(
@@ -67,7 +73,10 @@ def build(experiment: Experiment, tile: bounds.Tile | None = None) -> Parts:
             f"the network has {problem.network.num_classes} outputs and data={experiment.data!r} {data.num_classes} classes: "
             f"allowed are {data.num_classes} outputs or more"
         )
-    if experiment.init_from is not None:
+    evaluation.evaluation_tile(
+        problem.network, [experiment.bound], torch.float64, parse_bytes(experiment.memory_budget), device
+    )  # now, not after hours of training
+    if experiment.init_from is not None and warm_start:
         networks.with_parameters(module, _warm_start(Path(experiment.init_from), problem.network.num_parameters))
     if experiment.num_actors > 1:
         _start_ray(experiment.num_actors)
@@ -76,10 +85,16 @@ def build(experiment: Experiment, tile: bounds.Tile | None = None) -> Parts:
     return Parts(experiment, device, data, module, problem, searcher)
 
 
+def chosen_centre(state: dict[str, Any], select: Any) -> Tensor:
+    """Of a checkpoint's state, the centre ``[D]`` that the setting ``select`` takes, on the CPU."""
+    centre: Tensor = state["searcher"]["mu"] if select == "last" or state["best"] is None else state["best"]["centre"]
+    return centre.cpu()
+
+
 def _module(experiment: Experiment, data: Dataset) -> nn.Module:
-    """The experiment's network, with its own initialisation."""
+    """The experiment's network, with its own initialisation, in float32: the precision that is trained and handed over."""
     if isinstance(experiment.network, nn.Module):
-        return experiment.network
+        return experiment.network.float()
     if isinstance(experiment.network, str):
         build: Any = networks.NETWORKS[experiment.network]
     else:
@@ -103,7 +118,7 @@ def _module(experiment: Experiment, data: Dataset) -> nn.Module:
     module = build(data.image_shape, data.num_classes, **options)
     if not isinstance(module, nn.Module):
         raise InputError(f"network gives a {type(module).__name__}: allowed is a torch.nn.Module")
-    return module
+    return module.float()
 
 
 def _device(experiment: Experiment) -> torch.device:
@@ -124,6 +139,8 @@ def _device(experiment: Experiment) -> torch.device:
         # Bit for bit the same on every run: before the first CUDA call.
         os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
         torch.use_deterministic_algorithms(True)
+        # Filling costs a launch for every new tensor, and nothing here reads what it has not written.
+        torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
         torch.backends.cudnn.benchmark = False
         torch.backends.cudnn.allow_tf32 = False
     return device
@@ -142,13 +159,15 @@ def _start_ray(actors: int) -> None:
 
 
 def _warm_start(path: Path, parameters: int) -> Tensor:
-    """The network that another run has chosen, as ``[D]``."""
+    """The network that another run hands over, or would if it ended now, as ``[D]``."""
     if not path.is_dir():
         raise InputError(f"init_from={path}: no such run folder")
-    state = Run(path).load_checkpoint(warn)
+    run = Run(path)
+    selected = run.read_config().get("select")
+    state = run.load_checkpoint(warn, accept=lambda state: chosen_centre(state, selected))
     if state is None or state["best"] is None:
         raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
-    centre: Tensor = state["best"]["centre"]
+    centre = chosen_centre(state, selected)
     if len(centre) != parameters:
         raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
     return centre

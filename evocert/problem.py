@@ -265,7 +265,8 @@ class CertifiedTraining(Problem):
         if len(values) > 1:
             module = copy.deepcopy(self._module)
             with torch.random.fork_rng(devices=[]):
-                torch.manual_seed(int(self.make_randint((), n=2**31)))
+                # torch.manual_seed would move CUDA's generators too
+                torch.default_generator.manual_seed(int(self.make_randint((), n=2**31)))
                 for row in range(1, len(values)):
                     for child in module.modules():
                         if callable(reset := getattr(child, "reset_parameters", None)):

@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -23,6 +24,8 @@ from evocert.errors import InputError
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
 
+Accept = Callable[[dict[str, Any]], Any]  # raises whatever it may where a checkpoint's state is of no use
+
 
 class Run:
     """One run folder. ``create`` a new one, ``open`` one that exists."""
@@ -31,6 +34,8 @@ class Run:
         self.path = path
         self._lock: io.TextIOWrapper | None = None
         self._metrics: io.TextIOWrapper | None = None
+        self._made: list[Path] = []  # the folders that ``create`` made, the innermost first
+        self._damaged: set[str] = set()  # checkpoints that could not be read
 
     @classmethod
     def create(cls, path: Path | None, problem: str) -> "Run":
@@ -42,11 +47,12 @@ class Run:
         if path is None:
             stamp = datetime.now(UTC).strftime("%Y-%m-%dT%H-%M-%SZ")
             path = Path("runs") / problem / f"{stamp}-{uuid.uuid4().hex[:6]}"
+        run = cls(path)
         try:
+            run._made = [folder for folder in (path, *path.parents) if not folder.exists()]
             path.mkdir(parents=True, exist_ok=True)
             if any(path.iterdir()):
                 raise InputError(f"run folder {path} is not empty: allowed is one that does not exist, or is empty")
-            run = cls(path)
             run._take_lock()
         except (FileExistsError, NotADirectoryError) as error:
             raise InputError(f"run folder {path}: there is a file of that name") from error
@@ -75,6 +81,19 @@ class Run:
         ):  # of a process that was killed while writing
             shutil.rmtree(leftover) if leftover.is_dir() else leftover.unlink()
         return run
+
+    @contextlib.contextmanager
+    def beginning(self) -> Iterator[None]:
+        """``with run.beginning():`` what fails inside, before there is anything to resume, leaves the disk as it was."""
+        try:
+            yield
+        except BaseException:
+            for path in self.path.iterdir():  # it was empty when this process took it
+                shutil.rmtree(path) if path.is_dir() else path.unlink()
+            for folder in self._made:
+                with contextlib.suppress(OSError):  # another process may have put something in a parent
+                    folder.rmdir()
+            raise
 
     def _take_lock(self) -> None:
         self._lock = (self.path / ".lock").open("w")
@@ -108,20 +127,47 @@ class Run:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(temporary, self.path / name)
+            self._sync_names()
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
 
+    def _sync_names(self) -> None:
+        """After a power cut, too, a file is found under the name that it was given last."""
+        folder = os.open(self.path, os.O_RDONLY)
+        try:
+            with contextlib.suppress(OSError):  # some network file systems have no such thing
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises InputError where it is no valid JSON object."""
+        return self._read_json("config.json")
+
+    def check_split(self, record: dict[str, Any]) -> None:
+        """Whether the data are still those that the run began with.
+
+        Args:
+            record: what ``data.Dataset.split_record`` gives for the data as they are now.
+
+        Raises:
+            InputError: split.json says otherwise, or cannot be read.
+        """
+        if changed := sorted(key for key, value in self._read_json("split.json").items() if record.get(key) != value):
+            raise InputError(
+                f"the data are not those that run {self.path} began with: {', '.join(changed)} in its split.json differ"
+            )
+
+    def _read_json(self, name: str) -> dict[str, Any]:
         try:
-            config = json.loads((self.path / "config.json").read_text())
+            content = json.loads((self.path / name).read_text())
         except (ValueError, OSError) as error:
-            raise InputError(f"{self.path / 'config.json'} cannot be read: {' '.join(str(error).split())}") from error
-        if not isinstance(config, dict):
-            raise InputError(f"{self.path / 'config.json'} holds no settings")
-        return config
+            raise InputError(f"{self.path / name} cannot be read: {' '.join(str(error).split())}") from error
+        if not isinstance(content, dict):
+            raise InputError(f"{self.path / name} holds a {type(content).__name__}: allowed is an object")
+        return content
 
     @property
     def finished(self) -> bool:
@@ -165,27 +211,38 @@ class Run:
                 file.write(buffer.getbuffer())
                 file.flush()
                 os.fsync(file.fileno())
-            if current.exists():
+            if current.exists() and CHECKPOINT not in self._damaged:  # the one before a damaged one is the good one
                 # A second name, not a move: at every moment there is a checkpoint of the usual name.
                 link = self.path / f".{PREVIOUS}.tmp"
                 link.unlink(missing_ok=True)
-                os.link(current, link)
+                try:
+                    os.link(current, link)
+                except OSError:  # a file system without links
+                    shutil.copyfile(current, link)
                 os.replace(link, self.path / PREVIOUS)
             os.replace(temporary, current)
+            self._sync_names()
+            self._damaged.discard(CHECKPOINT)
         except BaseException:
             with contextlib.suppress(OSError):
                 temporary.unlink()
             raise
 
-    def load_checkpoint(self, warn: Any) -> dict[str, Any] | None:
+    @property
+    def has_checkpoint(self) -> bool:
+        """Whether there is one, good or bad."""
+        return any((self.path / name).exists() for name in (CHECKPOINT, PREVIOUS))
+
+    def load_checkpoint(self, warn: Callable[[str], Any], accept: Accept = lambda state: None) -> dict[str, Any] | None:
         """The last good checkpoint, or None where the run never came to one.
 
-        ``warn`` is called with one line for each that cannot be read.
+        Args:
+            warn: called with one line for each that cannot be used.
+            accept: called with its state; if that raises, the checkpoint counts as corrupted.
 
         Raises:
-            InputError: there are checkpoints, but none can be read.
+            InputError: there are checkpoints, but none can be used.
         """
-        bad = []
         for name in (CHECKPOINT, PREVIOUS):
             path = self.path / name
             if not path.exists():
@@ -194,16 +251,18 @@ class Run:
                 state = torch.load(path, weights_only=True, map_location="cpu")
                 if not isinstance(state, dict) or "generation" not in state:
                     raise ValueError("it holds no state of a run")
+                accept(state)
             except Exception as error:  # torch and pickle raise whatever a damaged file leads them to
-                bad.append(name)
-                reason = " ".join(str(error).split())[:120]
-                warn(f"checkpoint {path} is corrupted ({reason})")
+                self._damaged.add(name)
+                lacking = "it lacks " if isinstance(error, KeyError) else ""
+                warn(f"checkpoint {path} is corrupted ({lacking}{' '.join(str(error).split())[:120]})")
                 continue
-            if bad:
+            if self._damaged:
                 warn(f"continuing from the previous good one, {path}, at generation {state['generation']}")
             return state
-        if bad:
-            raise InputError(f"run folder {self.path}: no checkpoint can be read ({', '.join(bad)}); start a new run")
+        if self._damaged:
+            bad = ", ".join(sorted(self._damaged, reverse=True))
+            raise InputError(f"run folder {self.path}: no checkpoint can be read ({bad}); start a new run")
         return None
 
 

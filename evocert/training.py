@@ -2,34 +2,38 @@
 
 import contextlib
 import dataclasses
-import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from evotorch.logging import Logger
 from torch import Tensor
 
-import evocert
-from evocert import bounds, evaluation, networks
+from evocert import bounds, config, evaluation, networks
 from evocert.display import Display
 from evocert.errors import InputError
-from evocert.experiment import LoadedProblem, load_problem
+from evocert.experiment import load_problem
 from evocert.export.onnx import export_onnx
-from evocert.logging import attach_loggers, close_loggers
+from evocert.logging import attach_loggers, close_loggers, kept_rows
 from evocert.memory import parse_bytes
-from evocert.parts import Parts, build
+from evocert.parts import Parts, build, chosen_centre
 from evocert.runs import Run, environment, warn
 
 ONNX_IMAGES = 100  # test images on which the exported file is compared with torch
 
 
 class Interrupted(Exception):  # noqa: N818 (no error: the user's wish)
-    """The user stopped the run in ``run_path``; its checkpoint is written."""
+    """The user stopped the run in ``run_path``, whose last checkpoint is of ``generation`` (None: there is none yet)."""
 
-    def __init__(self, run_path: Path) -> None:
-        super().__init__(f"run {run_path} was stopped; its checkpoint is written")
+    def __init__(self, run_path: Path, generation: int | None) -> None:
+        kept = (
+            "it has no checkpoint yet and begins again"
+            if generation is None
+            else f"checkpoint at generation {generation}"
+        )
+        super().__init__(f"run {run_path} was stopped; {kept}")
         self.run_path = run_path
 
 
@@ -40,49 +44,62 @@ def start(
 
     Raises:
         InputError, UnsupportedLayer: bad input; no run folder was made, or an empty one was left as it was.
-        Interrupted: stopped by the user, after a checkpoint.
+        Interrupted: stopped by the user.
     """
     loaded = load_problem(problem, overrides)
     parts = build(loaded.experiment)
     run = Run.create(run_dir, loaded.experiment.problem)
     with contextlib.closing(run):
-        run.write_bytes("problem.py", loaded.source)
-        run.write_json("environment.json", environment(parts.device, bounds.worker_count()))
-        run.write_json("split.json", parts.data.split_record())
-        run.write_json("config.json", _config(loaded, problem, parts, run))
-        return run, _train(parts, run, None, display)
+        with run.beginning():
+            run.write_bytes("problem.py", loaded.source)
+            run.write_json("environment.json", environment(parts.device, bounds.worker_count()))
+            run.write_json("split.json", parts.data.split_record())
+            run.write_json("config.json", config.record(loaded, problem, parts.problem.tile, parts.device, run))
+            loggers = attach_loggers(parts.experiment.loggers, parts.searcher, run.path)
+        return run, _train(parts, run, loggers, None, display)
 
 
 def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
     """Continue a run where its last good checkpoint stands; the result is that of the run without the interruption.
 
     Raises:
-        InputError: no such run, a finished one, a changed copy of the problem file, or no checkpoint that can be read.
-        Interrupted: stopped by the user, after a checkpoint.
+        InputError: no such run, a finished one, a changed copy of the problem file, other data, or no checkpoint that can
+            be read.
+        Interrupted: stopped by the user.
     """
     run = Run.open(path)
     with contextlib.closing(run):
         if run.finished:
             raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
-        config = run.read_config()
-        loaded = _reload(run, config)
-        parts = build(loaded.experiment, bounds.Tile(**config["tile"]))
-        if parts.device.type != config["device_type"]:
-            warn(f"the run began on {config['device_type']} and goes on on {parts.device.type}: its bits will differ")
-        state = run.load_checkpoint(warn)
-        return run, _train(parts, run, state, display)
+        loaded, tile, device_type = config.reload(run)
+        parts = build(loaded.experiment, tile, warm_start=not run.has_checkpoint)
+        run.check_split(parts.data.split_record())
+        if parts.device.type != device_type:
+            warn(f"the run began on {device_type} and goes on on {parts.device.type}: its bits will differ")
+        state = run.load_checkpoint(warn, accept=lambda state: _restore(parts, state))
+        loggers = attach_loggers(
+            parts.experiment.loggers, parts.searcher, run.path, state["loggers"] if state else None
+        )
+        return run, _train(parts, run, loggers, state, display)
 
 
-def _train(parts: Parts, run: Run, state: dict[str, Any] | None, display: Display) -> dict[str, Any]:
-    """The loop. ``state`` is the checkpoint to go on from, or None."""
+def _restore(parts: Parts, state: dict[str, Any]) -> None:
+    """A checkpoint's state into the searcher. Raises whatever it may if something is lacking or does not fit."""
+    for key in ("generation", "seconds", "best", "trained", "loggers"):
+        state[key]  # a KeyError names it
+    parts.searcher.load_state_dict(state["searcher"])
+
+
+def _train(
+    parts: Parts, run: Run, loggers: Sequence[Logger], state: dict[str, Any] | None, display: Display
+) -> dict[str, Any]:
+    """The loop. ``state`` is the checkpoint to go on from, which the searcher has loaded, or None."""
     experiment, searcher = parts.experiment, parts.searcher
     last = experiment.generations
     done, seconds, trained = 0, 0.0, False
     best: dict[str, Any] | None = None
     if state is not None:
-        searcher.load_state_dict(state["searcher"])
         done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
-    loggers = attach_loggers(experiment.loggers, searcher, run.path)
     run.open_metrics(after=done)
     saved = lap = time.monotonic()
 
@@ -116,19 +133,25 @@ def _train(parts: Parts, run: Run, state: dict[str, Any] | None, display: Displa
                 now = time.monotonic()
                 seconds, lap = seconds + now - lap, now
                 if trained or interrupted or now - saved >= experiment.checkpoint_seconds:
-                    state = {"generation": done, "seconds": seconds, "best": best, "trained": trained}
-                    run.save_checkpoint({**state, "searcher": searcher.state_dict()})
-                    saved = now
+                    snapshot = {
+                        "generation": done,
+                        "seconds": seconds,
+                        "best": best,
+                        "trained": trained,
+                        "searcher": searcher.state_dict(),
+                        "loggers": kept_rows(loggers),
+                    }
+                    run.save_checkpoint(snapshot)
+                    state, saved = snapshot, now
                 if interrupted:
-                    raise Interrupted(run.path)
+                    raise Interrupted(run.path, done)
         display.stop()
         if searcher._end_of_run_hook:
             searcher._end_of_run_hook(dict(searcher.status))
-        assert best is not None, "the last generation is always validated"
-        chosen = best["centre"] if experiment.select == "best" else searcher.status["center"].as_subclass(Tensor)
-        results = _finish(parts, run, chosen, seconds, display)
+        assert state is not None, "the end of the training is a checkpoint"
+        results = _finish(parts, run, chosen_centre(state, experiment.select), seconds, display)
     except KeyboardInterrupt as interrupt:  # in the evaluation, which resume does again, or a second Ctrl-C
-        raise Interrupted(run.path) from interrupt
+        raise Interrupted(run.path, state["generation"] if state else None) from interrupt
     finally:
         display.stop()
         close_loggers(loggers, run.path)
@@ -212,46 +235,6 @@ def _finish(parts: Parts, run: Run, centre: Tensor, seconds: float, display: Dis
         "train_seconds": seconds,
         "accuracy": dataclasses.asdict(accuracy),
     }
-
-
-def _config(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict[str, Any]:
-    return {
-        **loaded.experiment.settings(),
-        "tile": parts.problem.tile._asdict(),
-        "device_type": parts.device.type,
-        "overrides": list(loaded.overrides),
-        "problem_file": os.path.relpath(problem, run.path),
-        "problem_sha256": loaded.sha256,
-        "evocert": evocert.__version__,
-    }
-
-
-def _reload(run: Run, config: dict[str, Any]) -> LoadedProblem:
-    """The experiment of a run, from its own copy of the problem file."""
-    missing = {"problem", "tile", "device_type", "overrides", "problem_file", "problem_sha256"} - config.keys()
-    if missing:
-        raise InputError(f"{run.path / 'config.json'} lacks {', '.join(sorted(missing))}")
-    original = Path(os.path.normpath(run.path / config["problem_file"]))
-    # Paths among the overrides were relative to where the user was; the recorded ones are not relative any more.
-    overrides = [
-        o for o in config["overrides"] if o.partition("=")[0].strip() not in ("data_dir", "data_path", "init_from")
-    ]
-    loaded = load_problem(run.path / "problem.py", overrides, base=original.parent, name=config["problem"])
-    if loaded.sha256 != config["problem_sha256"]:
-        raise InputError(
-            f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json"
-        )
-    paths = {key: config[key] for key in ("data_dir", "data_path", "init_from")}
-    loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **paths))
-    settings = loaded.experiment.settings()
-    for key, value in settings.items():
-        if config.get(key) != value:
-            raise InputError(f"{run.path / 'config.json'}: {key}={config.get(key)!r}, but problem.py gives {value!r}")
-    if not original.is_file():
-        warn(f"the original problem file {original} is gone; the run's own copy is used")
-    elif original.read_bytes() != loaded.source:
-        warn(f"the original problem file {original} was changed since; the run's own copy is used")
-    return loaded
 
 
 @contextlib.contextmanager

@@ -10,6 +10,8 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from evocert.errors import InputError
 from evocert.settings import plain
 
@@ -54,7 +56,9 @@ class UserFile:
         # Classes that the file defines must be found by name (pickling, dataclasses).
         sys.modules[name] = module
         try:
-            with self._explained(), self._imports():
+            with self._explained(), self._imports(), torch.random.fork_rng(devices=[]):
+                # A module that the file builds has the same random weights whenever the file is run.
+                torch.default_generator.manual_seed(0)
                 exec(code, module.__dict__)
         except BaseException:
             sys.modules.pop(name, None)

@@ -243,6 +243,43 @@ class TestSearcher:
         other.finish()
         assert torch.equal(one.status["center"], other.status["center"])
 
+    @pytest.mark.parametrize("optimizer", ["adam", "clipup", "sgd", None])
+    @pytest.mark.parametrize("ranking", ["raw", "centered", "normalized"])
+    def test_stays_where_all_are_alike(self, optimizer, ranking):
+        """Equal fitness says nothing: no NaN, no random walk, no momentum."""
+        flat = [False]
+        problem = Toy(lambda x: torch.zeros(len(x)) if flat[0] else sphere(x), 4)
+        searcher = PGPE(
+            problem, popsize=10, center_learning_rate=0.1, stdev_init=0.1, optimizer=optimizer, ranking_method=ranking
+        )
+        searcher.run(3)
+        flat[0] = True
+        searcher.step()
+        centre = searcher.status["center"].clone()
+        searcher.run(3)
+        assert torch.equal(searcher.status["center"], centre)
+        flat[0] = False
+        searcher.run(2)
+        assert not torch.equal(searcher.status["center"], centre)
+
+    def test_a_finished_search_is_restored_with_its_status(self, network, part):
+        def make():
+            return PGPE(
+                CertifiedTraining(network, part, eps=0.02, batch_size=8),
+                popsize=6,
+                center_learning_rate=0.1,
+                stdev_init=0.1,
+            )
+
+        one, other = make(), make()
+        one.run(3)
+        one.finish()
+        other.load_state_dict(one.state_dict())
+        for key in ("mean_eval", "median_eval", "iter"):
+            assert one.status[key] == other.status[key]
+        assert torch.equal(one.status["center"], other.status["center"])
+        assert torch.equal(one.population.values, other.population.values)
+
     def test_refuses_an_odd_symmetric_population(self):
         with pytest.raises(ValueError, match="even"):
             PGPE(Toy(sphere, 2), popsize=5, center_learning_rate=0.1, stdev_init=0.1)

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,9 +15,12 @@ import pytest
 import torch
 
 from evocert import networks, training
+from evocert.bounds import read_network, worker_count
+from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
+from evocert.experiment import load_problem
 from evocert.runs import CHECKPOINT, Run
 from evocert.training import Interrupted, resume, start
 
@@ -159,6 +163,23 @@ class TestRecords:
         assert split["test"] == other["test"]
         assert split["validation"] != other["validation"]
 
+    @pytest.mark.parametrize("dtype", ["bfloat16", "double"])
+    def test_a_module_in_another_precision_is_trained_in_float32(self, tmp_path, dtype):
+        """What is certified, attacked and handed over is one and the same network, not a rounded one."""
+        file = tmp_path / "mine.py"
+        network = (
+            f"network=lambda shape, classes: torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10)).{dtype}()"
+        )
+        file.write_text("import torch\n" + PROBLEM.replace('network="cnn3", width=2', network))
+        start(file, [], tmp_path / "run", Silent())
+        centre = checkpoint(tmp_path / "run")["best"]["centre"]
+        assert centre.dtype == torch.float32
+        images = load("digits").test.batch(slice(0, 5))[0]
+        session = onnxruntime.InferenceSession(tmp_path / "run" / "network.onnx")
+        logits = [session.run(None, {session.get_inputs()[0].name: image[None].numpy()})[0][0] for image in images]
+        weight, bias = centre[:640].reshape(10, 64), centre[640:]
+        torch.testing.assert_close(torch.tensor(np.array(logits)), images.flatten(1) @ weight.T + bias)
+
     @pytest.mark.parametrize("generations", [1, 2, 3])
     def test_any_number_of_generations_will_do(self, problem, tmp_path, generations):
         start(problem, [f"generations={generations}"], tmp_path / "short", Silent())
@@ -173,11 +194,25 @@ class TestRecords:
         best = checkpoint(reference)["best"]["centre"]
         moved = (checkpoint(folder)["searcher"]["mu"] - best).abs()
         assert 0 < moved.max() <= 0.021  # one step of Adam
+        start(
+            problem, [f"init_from={reference}", "generations=1", "center_learning_rate=1e-9"], tmp_path / "b", Silent()
+        )
+        torch.testing.assert_close(checkpoint(tmp_path / "b")["searcher"]["mu"], best, rtol=0, atol=1e-8)
         with pytest.raises(InputError, match=r"its network has .* parameters, this one"):
             start(problem, [f"init_from={reference}", "width=3"], tmp_path / "wide", Silent())
         with pytest.raises(InputError, match="no such run folder"):
             start(problem, ["init_from=absent"], tmp_path / "absent", Silent())
         assert not (tmp_path / "wide").exists()
+
+    def test_a_warm_start_takes_the_network_that_was_handed_over(self, problem, tmp_path):
+        """The last one where the other run selects the last, though another may have validated better."""
+        start(problem, ["select=last", "center_learning_rate=0.3"], tmp_path / "last", Silent())
+        state = checkpoint(tmp_path / "last")
+        assert not torch.equal(state["best"]["centre"], state["searcher"]["mu"])
+        settings = [f"init_from={tmp_path / 'last'}", "generations=1", "center_learning_rate=1e-9"]
+        start(problem, settings, tmp_path / "warm", Silent())
+        warm = checkpoint(tmp_path / "warm")["searcher"]["mu"]
+        torch.testing.assert_close(warm, state["searcher"]["mu"], rtol=0, atol=1e-7)
 
 
 class _Stopping(Silent):
@@ -308,6 +343,156 @@ class TestResume:
         file.unlink()
         resume(tmp_path / "run", Silent())
 
+    def test_after_the_training_tells_its_loggers_all_that_they_would_have_heard(self, problem, tmp_path, monkeypatch):
+        """The end of a run reads the last population's status, which the process that resumes has not evaluated."""
+        heard = []
+        file = tmp_path / "heard.py"
+        file.write_text(PROBLEM.replace("checkpoint", "loggers=[listen], checkpoint") + "\n")
+        file.write_text("import builtins\nlisten = builtins._listen\n" + file.read_text())
+
+        def listen(searcher):
+            searcher.end_of_run_hook.append(lambda status: heard.append({k: status[k] for k in ("mean_eval", "iter")}))
+
+        monkeypatch.setattr("builtins._listen", listen, raising=False)
+        with monkeypatch.context() as patch:
+            patch.setattr(training, "export_onnx", lambda *args: _kill())
+            with pytest.raises(_KilledError):
+                start(file, [], tmp_path / "run", Silent())
+        resume(tmp_path / "run", Silent())
+        assert heard[0] == heard[1]
+        assert heard[0]["iter"] == 12
+
+    def test_goes_on_with_the_checkpoints_after_a_fallback(self, problem, tmp_path, reference, capsys):
+        """The damaged file must not become the previous good one: killed again, the run still has one to fall back to."""
+        folder = tmp_path / "damaged"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(8, _kill))
+        path = folder / CHECKPOINT
+        path.write_bytes(path.read_bytes()[:1000])
+        with pytest.raises(_KilledError):
+            resume(folder, _Stopping(8, _kill))  # one checkpoint is written, at generation 7
+        path.write_bytes(path.read_bytes()[:1000])
+        resume(folder, Silent())
+        assert "at generation 6" in capsys.readouterr().err
+        assert same(checkpoint(folder), checkpoint(reference))
+
+    @pytest.mark.parametrize("lacking", ["trained", "searcher", "searcher.mu", "searcher.optimizer"])
+    def test_falls_back_where_something_is_lacking(self, problem, tmp_path, reference, capsys, lacking):
+        folder = tmp_path / "lacking"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(8, _kill))
+        state = checkpoint(folder)
+        *outer, key = lacking.split(".")
+        del (state[outer[0]] if outer else state)[key]
+        torch.save(state, folder / CHECKPOINT)
+        resume(folder, Silent())
+        assert f"is corrupted (it lacks '{key}')" in capsys.readouterr().err
+        assert same(checkpoint(folder), checkpoint(reference))
+
+    def test_does_not_need_what_the_checkpoint_has(self, problem, tmp_path, reference):
+        folder = tmp_path / "warm"
+        with pytest.raises(_KilledError):
+            start(problem, [f"init_from={reference}"], folder, _Stopping(8, _kill))
+        shutil.rmtree(reference)
+        resume(folder, Silent())
+        assert outcome(folder)["init_from"] == str(reference)
+
+    def test_refuses_other_data(self, tmp_path):
+        generator = np.random.default_rng(0)
+        arrays = {"x_train": generator.random((60, 1, 8, 8)), "x_test": generator.random((20, 1, 8, 8))}
+        arrays |= {f"y_{part}": np.arange(len(arrays[f"x_{part}"])) % 10 for part in ("train", "test")}
+        file = tmp_path / "toy.py"
+        file.write_text(PROBLEM.replace('data="digits"', 'data="mine.npz", validation_fraction=0.3'))
+        np.savez(tmp_path / "mine.npz", **arrays)
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "run", _Stopping(8, _kill))
+        np.savez(tmp_path / "mine.npz", **{**arrays, "x_test": arrays["x_test"][::-1]})
+        with pytest.raises(InputError, match=r"the data are not those that run .* began with: test in its split\.json"):
+            resume(tmp_path / "run", Silent())
+        np.savez(tmp_path / "mine.npz", **arrays)
+        resume(tmp_path / "run", Silent())
+
+    def test_finds_a_relative_data_folder_from_elsewhere(self, problem, tmp_path, monkeypatch):
+        """EVOCERT_DATA as it was when the run began, absolute in config.json."""
+        monkeypatch.chdir(tmp_path)
+        monkeypatch.setenv("EVOCERT_DATA", "images")
+        assert load_problem(problem, ["data=mnist"]).experiment.data_dir == str(tmp_path / "images")
+        assert load_problem(problem, ["data=mnist", "data_dir=x"]).experiment.data_dir == str(tmp_path / "x")
+        assert load_problem(problem).experiment.data_dir is None
+
+    @pytest.mark.parametrize("moved", ["the run alone", "both together"])
+    def test_finds_what_lies_beside_the_original_after_a_move(self, tmp_path, moved):
+        (tmp_path / "home" / "runs").mkdir(parents=True)
+        (tmp_path / "home" / "my_settings.py").write_text("POPSIZE = 4\n")
+        file = tmp_path / "home" / "mine.py"
+        file.write_text("import my_settings\n" + PROBLEM.replace("popsize=4", "popsize=my_settings.POPSIZE"))
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "home" / "runs" / "one", _Stopping(8, _kill))
+        if moved == "the run alone":
+            (tmp_path / "home" / "runs" / "one").rename(tmp_path / "one")
+            resume(tmp_path / "one", Silent())
+        else:
+            (tmp_path / "home").rename(tmp_path / "moved")
+            resume(tmp_path / "moved" / "runs" / "one", Silent())
+
+    def test_gives_a_module_of_the_file_the_same_weights(self, tmp_path):
+        """Before the first checkpoint the run begins again: with the random weights that it began with."""
+        file = tmp_path / "mine.py"
+        network = "network=torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(64, 10))"
+        file.write_text("import torch\n" + PROBLEM.replace('network="cnn3", width=2', network))
+        torch.manual_seed(5)
+        start(file, [], tmp_path / "whole", Silent())
+        torch.manual_seed(6)
+        with pytest.raises(_KilledError):
+            start(file, ["checkpoint_seconds=1000"], tmp_path / "killed", _Stopping(4, _kill))
+        torch.manual_seed(7)
+        resume(tmp_path / "killed", Silent())
+        assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+    @pytest.mark.filterwarnings("ignore:.*inplace.*")  # pandas', of EvoTorch's PandasLogger
+    def test_keeps_the_rows_of_a_pandas_logger(self, problem, tmp_path):
+        file = tmp_path / "pandas_rows.py"
+        file.write_text(PROBLEM.replace("checkpoint", 'loggers=["PandasLogger"], checkpoint'))
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "run", _Stopping(8, _kill))
+        resume(tmp_path / "run", Silent())
+        lines = (tmp_path / "run" / "pandas.csv").read_text().splitlines()
+        assert [line.partition(",")[0] for line in lines] == ["iter", *map(str, range(1, 13))]
+
+    def test_says_which_checkpoint_there_is(self, problem, tmp_path):
+        def twice():
+            for _ in range(2):
+                os.kill(os.getpid(), signal.SIGINT)
+
+        with pytest.raises(Interrupted, match="it has no checkpoint yet and begins again"):
+            start(problem, ["checkpoint_seconds=1000"], tmp_path / "early", _Stopping(4, twice))
+        with pytest.raises(Interrupted, match="checkpoint at generation 3"):
+            start(problem, [], tmp_path / "later", _Stopping(4, twice))
+
+    @pytest.mark.parametrize(
+        ("key", "value"),
+        [
+            ("tile", {"members": "2", "images": 16}),
+            ("tile", {"members": 2}),
+            ("tile", 3),
+            ("overrides", [1]),
+            ("overrides", "popsize=4"),
+            ("problem_file", None),
+            ("problem", 5),
+            ("data_dir", 1),
+            ("popsize", 8),
+            ("popsize", None),
+        ],
+    )
+    def test_refuses_a_damaged_config(self, problem, tmp_path, key, value):
+        folder = tmp_path / "run"
+        with pytest.raises(_KilledError):
+            start(problem, [], folder, _Stopping(8, _kill))
+        config = json.loads((folder / "config.json").read_text())
+        (folder / "config.json").write_text(json.dumps({**config, key: value}))
+        with pytest.raises(InputError, match=rf"config\.json: {key}="):
+            resume(folder, Silent())
+
     def test_a_full_disk_loses_nothing(self, problem, tmp_path, reference, monkeypatch):
         folder = tmp_path / "full"
         real, written = Run.log, []
@@ -344,6 +529,36 @@ class TestBadInput:
         with pytest.raises(InputError, match=message):
             start(problem, overrides, tmp_path / "run", Silent())
         assert not (tmp_path / "run").exists()
+
+    @pytest.mark.parametrize("existed", [True, False])
+    @pytest.mark.parametrize("failure", ["loggers", "disk"])
+    def test_that_comes_to_light_late_leaves_no_run_folder(self, tmp_path, monkeypatch, existed, failure):
+        file, folder = tmp_path / "toy.py", tmp_path / "runs" / "run"
+        file.write_text(PROBLEM.replace("checkpoint", 'loggers=[("StdOutLogger", {"interval": 0})], checkpoint'))
+        if existed:
+            folder.mkdir(parents=True)
+        if failure == "disk":
+            real = Run.write_json
+
+            def full(run, name, content):
+                if name == "config.json":
+                    raise OSError(28, "No space left on device")
+                real(run, name, content)
+
+            monkeypatch.setattr(Run, "write_json", full)
+        with pytest.raises((InputError, OSError), match=r"interval=0: allowed is 1 or more|No space left"):
+            start(file, [], folder, Silent())
+        assert set(tmp_path.rglob("*")) == {file, *([tmp_path / "runs", folder] if existed else [])}
+
+    def test_a_budget_that_only_the_training_would_do_with(self, problem, tmp_path):
+        """The evaluation is in float64: that it needs more must be known before the training, not after."""
+        network = read_network(networks.cnn3((1, 8, 8), 10, mean=[0.0], std=[1.0], width=2), (1, 8, 8))
+        smallest = 4 * (network.floats_per_member + LANES * network.floats_per_pair) * worker_count()
+        for budget in (smallest - 1, smallest, 2 * smallest - 1):
+            with pytest.raises(InputError, match=f"memory_budget={budget} bytes is too small"):
+                start(problem, [f"memory_budget={budget}"], tmp_path / "run", Silent())
+        assert not (tmp_path / "run").exists()
+        start(problem, [f"memory_budget={2 * smallest}"], tmp_path / "run", Silent())
 
     def test_a_network_with_too_few_outputs(self, tmp_path):
         file = tmp_path / "few.py"

@@ -51,16 +51,23 @@ GPU_WORKING_SET = 4 * 2**30
 GPU_MEMBERS = 256
 
 
-def choose_tile(network: Network, floats_per_pair: int, images: int, budget: int, device: torch.device) -> Tile:
-    """The tile for minibatches of ``images``, whose temporaries stay within ``budget`` bytes.
+def choose_tile(
+    network: Network,
+    floats_per_pair: int,
+    images: int,
+    budget: int,
+    device: torch.device,
+    dtype: torch.dtype = torch.float32,
+) -> Tile:
+    """The tile for minibatches of ``images``, whose temporaries in ``dtype`` stay within ``budget`` bytes.
 
     The population's size and the number of actors have no part in it: the same tile, and so the same bits, serve any split.
 
     Raises:
         ValueError: not even one member and one image fit; the message says what would do.
     """
-    member = 4 * network.floats_per_member
-    pair = 4 * floats_per_pair
+    member = dtype.itemsize * network.floats_per_member
+    pair = dtype.itemsize * floats_per_pair
     cpu = device.type == "cpu"
     at_once = worker_count() if cpu else 1
     smallest = at_once * (member + LANES * pair)

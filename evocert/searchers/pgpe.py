@@ -90,7 +90,9 @@ class PGPE(EvoTorchPGPE):
         if stdev_learning_rate == 0:
             kind = FixedSymmetricGaussian if symmetric else FixedGaussian
             self._distribution = kind(given.parameters, dtype=given.dtype, device=given.device)
-        self._before_sampling: Tensor | None = None  # the generator's state from which the population was drawn
+        # What the population was drawn from: the generator's state, the centre and sigma.
+        self._before_sampling: Tensor | None = None
+        self._drawn_from: tuple[Tensor, Tensor] | None = None
         self._speed_per_rate: float = 2.0  # ClipUp's max_speed follows its learning rate
         if optimizer == "clipup":
             group = self.optimizer.param_groups[0]
@@ -130,10 +132,14 @@ class PGPE(EvoTorchPGPE):
                 self.problem, popsize=self._popsize, device=self.problem.device, empty=True
             )
         self._before_sampling = self.problem.generator.get_state()
+        self._drawn_from = self._distribution.mu, self._distribution.sigma
         self._distribution.sample(out=self._population.access_values(), generator=self.problem)
 
     def _apply_gradient(self) -> None:
-        if self.problem.stalled_generations:  # no finite fitness: even momentum alone must not move the centre
+        fitness = self._population.evals[:, self._obj_index]
+        # No finite fitness, or the same for all: no direction is better than another, and even momentum alone must not move
+        # the centre. (Equal fitness makes NaN of "normalized" and of ClipUp's steps, and a random walk of ranks.)
+        if self.problem.stalled_generations or bool(fitness.min() == fitness.max()):
             return
         gradients = self._distribution.compute_gradients(
             self._population.access_values(keep_evals=True),
@@ -148,7 +154,7 @@ class PGPE(EvoTorchPGPE):
         if self._population is not None and not self._first_iter:
             self._apply_gradient()
             self._first_iter = True
-            self.clear_status()
+            self._renew_status()
 
     # Schedules
 
@@ -183,16 +189,16 @@ class PGPE(EvoTorchPGPE):
             "pending": not self._first_iter,
             "evals": None if self._population is None else self._population.evals.as_subclass(Tensor).clone(),
             "before_sampling": self._before_sampling,
+            "drawn_from": None if self._drawn_from is None else tuple(t.detach().clone() for t in self._drawn_from),
             "generator": self.problem.generator.get_state(),
             "generation": self.problem.generation,
             "nonfinite_evals": self.problem.nonfinite_evals,
             "stalled_generations": self.problem.stalled_generations,
+            "problem_status": {k: v for k, v in self.problem.status.items() if isinstance(v, bool | int | float | str)},
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``: the following steps are bit for bit those of the searcher that gave it."""
-        mu, sigma = (state[key].to(self.problem.device) for key in ("mu", "sigma"))
-        self._distribution = self._distribution.modified_copy(mu=mu, sigma=sigma)
         self._load_optimizer_state(state["optimizer"])
         self._center_learning_rate = state["center_learning_rate"]
         self._steps_count = state["steps"]
@@ -200,13 +206,26 @@ class PGPE(EvoTorchPGPE):
         self.problem.generation = state["generation"]
         self.problem.nonfinite_evals = state["nonfinite_evals"]
         self.problem.stalled_generations = state["stalled_generations"]
-        if state["pending"]:
+        if state["evals"] is not None:
+            self._set_distribution(*state["drawn_from"])
             self.problem.generator.set_state(state["before_sampling"])
             self._sample()
             evals = state["evals"].to(self.problem.device)
             self._population.set_evals(evals[:, 0], evals[:, 1:])
+        self._set_distribution(state["mu"], state["sigma"])
         self.problem.generator.set_state(state["generator"])
+        self.problem.status.update(state["problem_status"])
+        self._renew_status()
+
+    def _renew_status(self) -> None:
+        """The status of the last step, with the centre as it is now."""
         self.clear_status()
+        if self._steps_count:
+            self.update_status({"iter": self._steps_count, **self.problem.status})
+
+    def _set_distribution(self, mu: Tensor, sigma: Tensor) -> None:
+        device = self.problem.device
+        self._distribution = self._distribution.modified_copy(mu=mu.to(device), sigma=sigma.to(device))
 
     def _optimizer_state(self) -> dict[str, Any] | None:
         optimizer = self.optimizer

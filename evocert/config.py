@@ -1,0 +1,94 @@
+"""config.json: what a run records of its experiment, and the experiment that a resumed run reads back from its folder."""
+
+import dataclasses
+import hashlib
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import evocert
+from evocert.bounds import Tile
+from evocert.data import data_folder
+from evocert.errors import InputError
+from evocert.experiment import PATHS, LoadedProblem, load_problem
+from evocert.runs import Run, warn
+
+_KINDS = {
+    "problem": str,
+    "tile": dict,
+    "device_type": str,
+    "overrides": list,
+    "problem_file": str,
+    "problem_path": str,
+    "problem_sha256": str,
+}
+
+
+def record(loaded: LoadedProblem, problem: Path, tile: Tile, device: torch.device, run: Run) -> dict[str, Any]:
+    """Every setting, and what else the next process needs to go on with the same bits."""
+    return {
+        **loaded.experiment.settings(),
+        "tile": tile._asdict(),
+        "device_type": device.type,
+        "overrides": list(loaded.overrides),
+        # Both ways to the original: one survives a move of the run alone, the other a move of both together.
+        "problem_file": os.path.relpath(problem, run.path),
+        "problem_path": str(problem.resolve()),
+        "problem_sha256": loaded.sha256,
+        "evocert": evocert.__version__,
+    }
+
+
+def reload(run: Run) -> tuple[LoadedProblem, Tile, str]:
+    """The experiment of a run, from its own copy of the problem file; its tile; and the type of device it ran on.
+
+    Raises:
+        InputError: config.json is damaged, or problem.py was changed since the run began.
+    """
+    path, config = run.path / "config.json", run.read_config()
+    for key, kind in _KINDS.items():
+        if not isinstance(config.get(key), kind):
+            raise InputError(
+                f"{path}: {key}={config.get(key)!r}, allowed is what the run wrote there, a {kind.__name__}"
+            )
+    for key in PATHS:
+        if not isinstance(config.get(key), str | None):
+            raise InputError(f"{path}: {key}={config[key]!r}, allowed is a path, or null")
+    tile, overrides = config["tile"], config["overrides"]
+    if tile.keys() != set(Tile._fields) or not all(type(n) is int and n > 0 for n in tile.values()):
+        raise InputError(f"{path}: tile={tile}, allowed are members and images, each 1 or more")
+    if not all(isinstance(override, str) for override in overrides):
+        raise InputError(f"{path}: overrides={overrides}, allowed are texts KEY=VALUE")
+
+    original = _original(run, config)
+    # Paths among the overrides were relative to where the user was; the recorded ones are not relative any more.
+    overrides = [override for override in overrides if override.partition("=")[0].strip() not in PATHS]
+    loaded = load_problem(run.path / "problem.py", overrides, base=original.parent, name=config["problem"])
+    if loaded.sha256 != config["problem_sha256"]:
+        raise InputError(
+            f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json"
+        )
+    paths = {key: config[key] for key in PATHS}
+    loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **paths))
+    for key, value in loaded.experiment.settings().items():
+        if config.get(key) != value:
+            raise InputError(f"{path}: {key}={config.get(key)!r}, but problem.py gives {value!r}")
+    if (elsewhere := os.environ.get("EVOCERT_DATA")) and not (paths["data_dir"] and Path(paths["data_dir"]).is_dir()):
+        experiment = dataclasses.replace(loaded.experiment, data_dir=str(data_folder(elsewhere)))
+        loaded = dataclasses.replace(loaded, experiment=experiment)
+    if not original.is_file():
+        warn(f"the original problem file {original} is gone; the run's own copy is used")
+    elif original.read_bytes() != loaded.source:
+        warn(f"the original problem file {original} was changed since; the run's own copy is used")
+    return loaded, Tile(**tile), config["device_type"]
+
+
+def _original(run: Run, config: dict[str, Any]) -> Path:
+    """The problem file that was run, or where it was: of its two recorded places the one that still holds the same bytes."""
+    places = [Path(os.path.normpath(run.path.resolve() / config["problem_file"])), Path(config["problem_path"])]
+    for place in places:
+        if place.is_file() and hashlib.sha256(place.read_bytes()).hexdigest() == config["problem_sha256"]:
+            return place
+    return next((place for place in places if place.is_file()), places[0])
