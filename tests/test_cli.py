@@ -8,6 +8,7 @@ import time
 
 import numpy as np
 import pytest
+import torch
 
 from evocert import cli
 
@@ -224,6 +225,23 @@ class TestFailed:
         assert "checkpoint.pt" in err
         assert "evocert resume" in err
 
+    @pytest.mark.parametrize(
+        "error",
+        [
+            RuntimeError("[enforce fail at alloc_cpu.cpp:117] DefaultCPUAllocator: can't allocate memory: you tried …"),
+            torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+            MemoryError(),
+        ],
+    )
+    def test_memory_that_is_not_there(self, evocert, problem, tmp_path, monkeypatch, error):
+        def fail(*args):
+            raise error
+
+        monkeypatch.setattr("evocert.training._validate", fail)
+        status, _, err = evocert("run", problem, "--run-dir", tmp_path / "run", "--quiet")
+        assert (status, err.count("\n")) == (1, 1)
+        assert err.startswith("evocert: out of memory; a smaller memory_budget")
+
     def test_a_loss_that_is_never_finite(self, evocert, problem, tmp_path):
         settings = ["--set", "stdev_init=1e30", "--run-dir", tmp_path / "run", "--quiet"]
         status, _, err = evocert("run", problem, *settings)
@@ -248,3 +266,18 @@ def test_ctrl_c_says_how_to_go_on(problem, tmp_path):
     assert err.count("\n") == 1
     assert f"evocert resume '{folder}'" in err
     assert os.listdir(folder).count(".lock") == 0
+
+
+@pytest.mark.slow
+def test_a_reader_that_goes_away_costs_nothing(problem, tmp_path):
+    """``evocert run … | head -1``: the run goes on in silence."""
+    command = [sys.executable, "-c", "from evocert.cli import main; main()", "run", str(problem)]
+    pipe = subprocess.PIPE
+    with subprocess.Popen(
+        [*command, "--run-dir", str(tmp_path / "run")], stdout=pipe, stderr=pipe, text=True
+    ) as process:
+        assert process.stdout.readline().startswith("toy: pgpe with ibp")
+        process.stdout.close()
+        assert process.stderr.read() == "evocert: stdout was closed; the run goes on in silence\n"
+    assert process.returncode == 0
+    assert (tmp_path / "run" / "results.json").is_file()

@@ -37,10 +37,10 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
             from the module's own (in float64, random weights and inputs).
     """
     try:
-        module = copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
+        module = _own_copy(module)
     except Exception as error:  # the old weight_norm, lazy layers, the meta device
         raise UnsupportedLayer(
-            f"{type(module).__name__} cannot be copied ({_one_line(error)}): its parameters must be its "
+            f"{_first_uncopied(module)} cannot be copied ({_one_line(error)}): its parameters must be its "
             "layers' own, and initialised"
         ) from error
     offsets, total = {}, 0
@@ -66,6 +66,21 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
     network = Network(tuple(reader.layers), total, tuple(input_shape), reader.shape[0])
     _check_outputs(module, network)
     return network
+
+
+def _own_copy(module: nn.Module) -> nn.Module:
+    return copy.deepcopy(module).to("cpu", torch.float64).eval().requires_grad_(False)
+
+
+def _first_uncopied(module: nn.Module) -> str:
+    """The innermost layer that cannot be copied, and its place."""
+    culprit = type(module).__name__
+    for place, child in module.named_modules():
+        try:
+            _own_copy(child)
+        except Exception:  # whatever it was for the whole
+            culprit = f"{type(child).__name__} at {place!r}" if place else culprit
+    return culprit
 
 
 class _Tracer(torch.fx.Tracer):

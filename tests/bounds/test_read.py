@@ -192,7 +192,7 @@ def test_refuses_modules(module, message):
 @pytest.mark.filterwarnings("ignore:.*weight_norm.*:FutureWarning")
 def test_refuses_the_old_weight_norm():
     module = nn.Sequential(nn.Flatten(), nn.utils.weight_norm(nn.Linear(60, 3)))
-    with pytest.raises(UnsupportedLayer, match="cannot be copied"):
+    with pytest.raises(UnsupportedLayer, match="Linear at '1' cannot be copied"):
         read_network(module, SHAPE)
 
 
