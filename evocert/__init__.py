@@ -14,14 +14,19 @@ _PUBLIC = {
     "Experiment": "evocert.experiment",
     "InputError": "evocert.errors",
     "Normalize": "evocert.modules",
+    "Residual": "evocert.modules",
     "Schedule": "evocert.schedules",
     "Tile": "evocert.bounds",
     "UnsupportedLayer": "evocert.bounds",
     "channel_statistics": "evocert.data",
     "cnn3": "evocert.networks",
+    "cnn4": "evocert.networks",
     "cnn5": "evocert.networks",
+    "cnn7": "evocert.networks",
+    "cnn7_bn": "evocert.networks",
     "fully_connected": "evocert.networks",
     "load_data": "evocert.data",
+    "resnet": "evocert.networks",
 }
 
 __all__ = [*_PUBLIC, "__version__"]

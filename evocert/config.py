@@ -4,20 +4,21 @@ import dataclasses
 import hashlib
 import os
 from pathlib import Path
-from typing import Any
-
-import torch
+from typing import Any, NamedTuple
 
 import evocert
 from evocert.bounds import Tile
 from evocert.data import data_folder
 from evocert.errors import InputError
 from evocert.experiment import PATHS, LoadedProblem, load_problem
+from evocert.networks import statistics
+from evocert.parts import Parts
 from evocert.runs import Run, warn
 
 _KINDS = {
     "problem": str,
     "tile": dict,
+    "statistics": dict,
     "device_type": str,
     "overrides": list,
     "problem_file": str,
@@ -26,12 +27,13 @@ _KINDS = {
 }
 
 
-def record(loaded: LoadedProblem, problem: Path, tile: Tile, device: torch.device, run: Run) -> dict[str, Any]:
+def record(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict[str, Any]:
     """Every setting, and what else the next process needs to go on with the same bits."""
     return {
         **loaded.experiment.settings(),
-        "tile": tile._asdict(),
-        "device_type": device.type,
+        "tile": parts.problem.tile._asdict(),
+        "statistics": statistics(parts.module),
+        "device_type": parts.device.type,
         "overrides": list(loaded.overrides),
         # Both ways to the original: one survives a move of the run alone, the other a move of both together.
         "problem_file": os.path.relpath(problem, run.path),
@@ -41,8 +43,17 @@ def record(loaded: LoadedProblem, problem: Path, tile: Tile, device: torch.devic
     }
 
 
-def reload(run: Run) -> tuple[LoadedProblem, Tile, str]:
-    """The experiment of a run, from its own copy of the problem file; its tile; and the type of device it ran on.
+class Reloaded(NamedTuple):
+    """What a run goes on with: the experiment of its own copy of the problem file, and what depended on the machine."""
+
+    loaded: LoadedProblem
+    tile: Tile
+    statistics: dict[str, list[float]]
+    device_type: str
+
+
+def reload(run: Run) -> Reloaded:
+    """What a run's folder says.
 
     Raises:
         InputError: config.json is damaged, or problem.py was changed since the run began.
@@ -82,7 +93,7 @@ def reload(run: Run) -> tuple[LoadedProblem, Tile, str]:
         warn(f"the original problem file {original} is gone; the run's own copy is used")
     elif original.read_bytes() != loaded.source:
         warn(f"the original problem file {original} was changed since; the run's own copy is used")
-    return loaded, Tile(**tile), config["device_type"]
+    return Reloaded(loaded, Tile(**tile), config["statistics"], config["device_type"])
 
 
 def _original(run: Run, config: dict[str, Any]) -> Path:

@@ -1,13 +1,13 @@
 """How good one network is: natural accuracy, accuracy under attack, and certified accuracy."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
 from evocert.attacks import pgd
-from evocert.bounds import BOUNDS, Members, Network, Tile, box_around, choose_tile, logit_margins, over_tiles
+from evocert.bounds import BOUNDS, Cost, Members, Network, Tile, box_around, choose_tile, logit_margins, over_tiles
 from evocert.data import Part
 from evocert.errors import InputError
 
@@ -56,7 +56,7 @@ def evaluate(
     part: Part,
     eps: float,
     *,
-    bounds: Sequence[str] = ("ibp",),
+    bounds: Iterable[str] = ("ibp",),
     steps: int = 40,
     restarts: int = 3,
     step_size: float | None = None,
@@ -77,7 +77,7 @@ def evaluate(
     Raises:
         ContradictionError: an example is both certified and attacked.
     """
-    correct, certified = _decide(network, parameters.double(), part, eps, bounds, budget)
+    correct, certified = _decide(network, parameters.double(), part, eps, list(bounds), budget)
     resistant = correct.clone()
     for start in range(0, len(part), BATCH):
         rows = start + torch.nonzero(correct[start : start + BATCH]).flatten().cpu()
@@ -104,9 +104,9 @@ def evaluation_tile(
     Raises:
         InputError: the budget is too small for it.
     """
-    floats = max([network.floats_per_pair, *(BOUNDS[name].floats_per_pair(network) for name in bounds)])
+    cost = Cost.most(BOUNDS[name].cost(network, device) for name in ("ibp", *bounds))
     try:
-        return Tile(1, choose_tile(network, floats, BATCH, budget, device, dtype).images)
+        return Tile(1, choose_tile(cost, BATCH, budget, device, dtype).images)
     except ValueError as error:
         raise InputError(f"in the evaluation: {error}") from error
 

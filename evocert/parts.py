@@ -5,7 +5,7 @@ import inspect
 import logging
 import os
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from evocert.experiment import Experiment
 from evocert.memory import parse_bytes
 from evocert.problem import CertifiedTraining
 from evocert.runs import Run, warn
+
+CALIBRATION_IMAGES = 512  # whose statistics batch normalisations are given
 
 
 @dataclasses.dataclass
@@ -31,12 +33,19 @@ class Parts:
     searcher: Any
 
 
-def build(experiment: Experiment, tile: bounds.Tile | None = None, *, warm_start: bool = True) -> Parts:
+def build(
+    experiment: Experiment,
+    tile: bounds.Tile | None = None,
+    statistics: dict[str, list[float]] | None = None,
+    *,
+    warm_start: bool = True,
+) -> Parts:
     """The parts of a run.
 
     Args:
         experiment: what it describes.
         tile: of an earlier process of the same run; chosen if None.
+        statistics: likewise, of batch normalisations; of ``init_from``, or of a batch of training images, if None.
         warm_start: whether to read the start from ``init_from``; a checkpoint that is loaded afterwards replaces it.
 
     Raises:
@@ -54,6 +63,14 @@ def build(experiment: Experiment, tile: bounds.Tile | None = None, *, warm_start
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would move CUDA's generators too
         module = _module(experiment, data)
+        start = None
+        if experiment.init_from is not None and warm_start:
+            start = _warm_start(Path(experiment.init_from), sum(p.numel() for p in module.parameters()))
+            statistics = statistics or start.statistics
+        if statistics:
+            networks.set_statistics(module, statistics)
+        else:
+            networks.calibrate(module, data.train.batch(slice(0, CALIBRATION_IMAGES))[0])
     fraction = 1 / experiment.generations
     problem = CertifiedTraining(
         module,
@@ -74,10 +91,10 @@ def build(experiment: Experiment, tile: bounds.Tile | None = None, *, warm_start
             f"allowed are {data.num_classes} outputs or more"
         )
     evaluation.evaluation_tile(
-        problem.network, [experiment.bound], torch.float64, parse_bytes(experiment.memory_budget), device
+        problem.network, ["ibp", experiment.bound], torch.float64, parse_bytes(experiment.memory_budget), device
     )  # now, not after hours of training
-    if experiment.init_from is not None and warm_start:
-        networks.with_parameters(module, _warm_start(Path(experiment.init_from), problem.network.num_parameters))
+    if start is not None:
+        networks.with_parameters(module, start.centre)
     if experiment.num_actors > 1:
         _start_ray(experiment.num_actors)
     bounds.give_threads_to_tiles()
@@ -158,16 +175,23 @@ def _start_ray(actors: int) -> None:
         ray.init(num_cpus=actors, include_dashboard=False, log_to_driver=False, logging_level=logging.ERROR)
 
 
-def _warm_start(path: Path, parameters: int) -> Tensor:
-    """The network that another run hands over, or would if it ended now, as ``[D]``."""
+class _Start(NamedTuple):
+    """What another run hands over, or would if it ended now."""
+
+    centre: Tensor  # [D]
+    statistics: dict[str, list[float]]
+
+
+def _warm_start(path: Path, parameters: int) -> _Start:
     if not path.is_dir():
         raise InputError(f"init_from={path}: no such run folder")
     run = Run(path)
-    selected = run.read_config().get("select")
+    config = run.read_config()
+    selected = config.get("select")
     state = run.load_checkpoint(warn, accept=lambda state: chosen_centre(state, selected))
     if state is None or state["best"] is None:
         raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
     centre = chosen_centre(state, selected)
     if len(centre) != parameters:
         raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
-    return centre
+    return _Start(centre, config.get("statistics") or {})

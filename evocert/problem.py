@@ -10,7 +10,17 @@ import torch
 from evotorch import Problem, SolutionBatch
 from torch import Tensor, nn
 
-from evocert.bounds import BOUNDS, Members, Tile, box_around, choose_tile, logit_margins, over_tiles, read_network
+from evocert.bounds import (
+    BOUNDS,
+    Members,
+    Tile,
+    box_around,
+    choose_tile,
+    logit_margins,
+    over_tiles,
+    read_network,
+    value_and_gradient,
+)
 from evocert.errors import InputError
 from evocert.losses import cross_entropy_of_margins
 from evocert.memory import parse_bytes
@@ -119,11 +129,9 @@ class CertifiedTraining(Problem):
         self._ranks_alone = False
         self._leave_behind = False
         if tile is None:
-            per_pair = BOUNDS[bound].floats_per_pair(self.network)
+            cost = BOUNDS[bound].cost(self.network, torch.device(device))
             try:
-                tile = choose_tile(
-                    self.network, per_pair, self.batch_size, parse_bytes(memory_budget), torch.device(device)
-                )
+                tile = choose_tile(cost, self.batch_size, parse_bytes(memory_budget), torch.device(device))
             except ValueError as error:
                 raise InputError(str(error)) from error
         self.tile = Tile(*tile)
@@ -166,10 +174,32 @@ class CertifiedTraining(Problem):
 
         Returns:
             ``[P]``, on the device and in the dtype of ``parameters``, and differentiable with respect to them. The graph
-            keeps the temporaries of all tiles, so with gradients hand over few members at a time.
+            keeps the temporaries of all tiles: ``value_and_gradient`` gives the same gradients within the budget.
         """
         minibatch = self.minibatch(self.generation if generation is None else generation)
         return self._columns(parameters, minibatch._replace(natural=False))[..., 0].mean(1)
+
+    def value_and_gradient(self, parameters: Tensor, generation: int | None = None) -> tuple[Tensor, Tensor]:
+        """The certified loss of each member on a generation's minibatch, and its gradient, within the memory budget.
+
+        Args:
+            parameters: ``[P, D]``.
+            generation: which minibatch and eps; by default the next one to be evaluated.
+
+        Returns:
+            ``[P]`` and ``[P, D]``.
+        """
+        minibatch = self.minibatch(self.generation if generation is None else generation)
+
+        def on_tile(members: Members, images: Tensor, labels: Tensor) -> Tensor:
+            return cross_entropy_of_margins(
+                BOUNDS[self.bound].margins(members, box_around(images, minibatch.eps), labels)
+            )
+
+        images = minibatch.images.to(parameters.device, parameters.dtype)
+        inputs = images, minibatch.labels.to(parameters.device)
+        losses, gradients = value_and_gradient(on_tile, self.network, parameters, inputs, self.tile)
+        return losses.mean(1), gradients / len(images)
 
     def _columns(self, parameters: Tensor, minibatch: Minibatch) -> Tensor:
         """``[P, B, 3]``: certified loss, natural loss (NaN if it is not wanted), certified or not as 1 or 0."""

@@ -54,7 +54,7 @@ def start(
             run.write_bytes("problem.py", loaded.source)
             run.write_json("environment.json", environment(parts.device, bounds.worker_count()))
             run.write_json("split.json", parts.data.split_record())
-            run.write_json("config.json", config.record(loaded, problem, parts.problem.tile, parts.device, run))
+            run.write_json("config.json", config.record(loaded, problem, parts, run))
             loggers = attach_loggers(parts.experiment.loggers, parts.searcher, run.path)
         return run, _train(parts, run, loggers, None, display)
 
@@ -71,11 +71,11 @@ def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
     with contextlib.closing(run):
         if run.finished:
             raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
-        loaded, tile, device_type = config.reload(run)
-        parts = build(loaded.experiment, tile, warm_start=not run.has_checkpoint)
+        found = config.reload(run)
+        parts = build(found.loaded.experiment, found.tile, found.statistics, warm_start=not run.has_checkpoint)
         run.check_split(parts.data.split_record())
-        if parts.device.type != device_type:
-            warn(f"the run began on {device_type} and goes on on {parts.device.type}: its bits will differ")
+        if parts.device.type != found.device_type:
+            warn(f"the run began on {found.device_type} and goes on on {parts.device.type}: its bits will differ")
         state = run.load_checkpoint(warn, accept=lambda state: _restore(parts, state))
         loggers = attach_loggers(
             parts.experiment.loggers, parts.searcher, run.path, state["loggers"] if state else None
@@ -214,7 +214,7 @@ def _finish(parts: Parts, run: Run, centre: Tensor, seconds: float, display: Dis
         centre.to(parts.device),
         test,
         experiment.eps,
-        bounds=[experiment.bound],
+        bounds=dict.fromkeys(("ibp", experiment.bound)),
         steps=experiment.attack.steps,
         restarts=experiment.attack.restarts,
         step_size=experiment.attack.step_size,

@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from evocert import networks, training
-from evocert.bounds import read_network, worker_count
+from evocert.bounds import BOUNDS, read_network, worker_count
 from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
@@ -553,7 +553,8 @@ class TestBadInput:
     def test_a_budget_that_only_the_training_would_do_with(self, problem, tmp_path):
         """The evaluation is in float64: that it needs more must be known before the training, not after."""
         network = read_network(networks.cnn3((1, 8, 8), 10, mean=[0.0], std=[1.0], width=2), (1, 8, 8))
-        smallest = 4 * (network.floats_per_member + LANES * network.floats_per_pair) * worker_count()
+        cost = BOUNDS["ibp"].cost(network, torch.device("cpu"))
+        smallest = 4 * (cost.member + LANES * cost.pair) * worker_count()
         for budget in (smallest - 1, smallest, 2 * smallest - 1):
             with pytest.raises(InputError, match=f"memory_budget={budget} bytes is too small"):
                 start(problem, [f"memory_budget={budget}"], tmp_path / "run", Silent())

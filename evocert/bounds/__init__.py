@@ -5,15 +5,25 @@ A new bound is one file with a function ``margins(members, box, labels) -> [P, B
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 
+import torch
 from torch import Tensor
 
-from evocert.bounds import ibp
+from evocert.bounds import alpha_crown, backward, cost, crown_ibp, deeppoly, ibp
+from evocert.bounds.cost import Cost
 from evocert.bounds.layers import Layer
 from evocert.bounds.margins import logit_margins
 from evocert.bounds.network import Box, Members, Network, box_around
 from evocert.bounds.read import UnsupportedLayer, read_network
-from evocert.bounds.tiles import Tile, choose_tile, give_threads_to_tiles, over_tiles, worker_count
+from evocert.bounds.tiles import (
+    Tile,
+    choose_tile,
+    give_threads_to_tiles,
+    over_tiles,
+    value_and_gradient,
+    worker_count,
+)
 
 
 @dataclass(frozen=True)
@@ -22,11 +32,11 @@ class Bound:
 
     Attributes:
         margins: the bound on one tile, (members, box, labels) -> ``[P, B, M]``.
-        floats_per_pair: numbers that live at once for one member and image, from which tiles are chosen.
+        cost: what it takes of memory for a network, and on which device, from which tiles are chosen.
     """
 
     margins: Callable[[Members, Box, Tensor], Tensor]
-    floats_per_pair: Callable[[Network], int]
+    cost: Callable[[Network, torch.device], Cost]
 
     def __call__(
         self, network: Network, parameters: Tensor, box: Box, labels: Tensor, *, tile: Tile | None = None
@@ -42,14 +52,39 @@ class Bound:
         return over_tiles(on_tile, network, parameters, (box.lower, box.upper, labels), tile)
 
 
+def _intervals(network: Network, device: torch.device) -> Cost:
+    return cost.of_intervals(network)
+
+
+def _margins(network: Network, device: torch.device) -> Cost:
+    return cost.of_margins(network)
+
+
+def _substitution(network: Network, device: torch.device) -> Cost:
+    return cost.of_substitution(network, backward.chunk_size(device))
+
+
+def _optimised(network: Network, device: torch.device) -> Cost:
+    return cost.of_optimisation(network, backward.chunk_size(device))
+
+
 BOUNDS: dict[str, Bound] = {
-    "ibp": Bound(ibp.margins, lambda network: network.floats_per_pair),
+    "ibp": Bound(ibp.margins, _intervals),
+    "crown-ibp": Bound(crown_ibp.margins, _margins),
+    "deeppoly": Bound(deeppoly.margins, _substitution),
+    "deeppoly-sparse": Bound(partial(deeppoly.margins, sparse=True), _substitution),
+    "deeppoly-intersect": Bound(partial(deeppoly.margins, intersect=True), _substitution),
+    "crown-zero": Bound(partial(deeppoly.margins, slope="zero"), _substitution),
+    "crown-one": Bound(partial(deeppoly.margins, slope="one"), _substitution),
+    "crown-same-slope": Bound(partial(deeppoly.margins, slope="same"), _substitution),
+    "alpha-crown": Bound(alpha_crown.margins, _optimised),
 }
 
 __all__ = [
     "BOUNDS",
     "Bound",
     "Box",
+    "Cost",
     "Layer",
     "Members",
     "Network",
@@ -61,5 +96,6 @@ __all__ = [
     "logit_margins",
     "over_tiles",
     "read_network",
+    "value_and_gradient",
     "worker_count",
 ]

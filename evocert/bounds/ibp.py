@@ -5,13 +5,19 @@ and radius r: c' = W c + b, r' = |W| r; a monotone activation maps the ends. The
 Costs two forward passes.
 """
 
+from collections.abc import Callable, Sequence
+
 import torch
 from torch import Tensor
 
-from evocert.bounds.layers import Activation, Flatten, dense_product
+from evocert.bounds.affine import Affine, Node, dense_product
 from evocert.bounds.margins import logit_margins, margins_between, rival_entries
 from evocert.bounds.network import Box, Members
-from evocert.bounds.relaxation import ACTIVATIONS
+from evocert.bounds.nonlinear import BoundResidual, Relaxed
+
+Interval = tuple[Tensor, Tensor]
+# (activation, what leads to it, lower and upper before it) -> the interval to go on with
+Visit = Callable[[Relaxed, Sequence[Node], Tensor, Tensor], Interval]
 
 
 def margins(members: Members, box: Box, labels: Tensor) -> Tensor:
@@ -26,27 +32,42 @@ def margins(members: Members, box: Box, labels: Tensor) -> Tensor:
         ``[P, B, M]``: lower bounds of logit[y] - logit[j] for the rivals j in rising order.
     """
     last = members.last_linear
-    centre, radius = _interval(members, box, stop_before_last=last is not None)
+    nodes = members.inner if last is None else members.inner[:-1]
+    centre, radius = propagate(nodes, *members.entered(box))
     if last is None:  # nothing to fold the difference into: the label's lower end against the rivals' upper ends
         return margins_between((centre - radius).expand(len(members), -1, -1), centre + radius, labels)
     spread = dense_product(members.pair_differences, None, radius)  # [P, B, pairs]
     return logit_margins(last.affine(centre), labels) - rival_entries(spread, labels, members.network.num_classes)
 
 
-def _interval(members: Members, box: Box, stop_before_last: bool) -> tuple[Tensor, Tensor]:
-    """Centre and radius ``[1 or P, B, ...]`` of the logits, or of what the last layer takes."""
-    lower, upper = box.lower.unsqueeze(0), box.upper.unsqueeze(0)
-    centre, radius = (lower + upper) / 2, (upper - lower) / 2
-    layers = list(members)
-    for layer, bound in layers[:-1] if stop_before_last else layers:
-        if bound is not None:
-            centre, radius = bound.affine(centre), bound.magnitude(radius)
-        elif isinstance(layer, Activation):
-            activation = ACTIVATIONS[layer.name]
-            lower = activation.overwrite(centre - radius, *layer.arguments)
-            upper = activation.overwrite(centre + radius, *layer.arguments)
+def propagate(
+    nodes: Sequence[Node], centre: Tensor, radius: Tensor, visit: Visit | None = None, path: Sequence[Node] = ()
+) -> tuple[Tensor, Tensor]:
+    """Intervals through a chain of nodes.
+
+    Args:
+        nodes: as they follow each other.
+        centre, radius: of the interval before them, ``[1 or P, B, ...]``.
+        visit: sees the interval before each activation, in the order in which they run, and may give another.
+        path: what leads to the first node.
+
+    Returns:
+        Centre and radius ``[1 or P, B, ...]`` after them.
+    """
+    path = list(path)
+    for node in nodes:
+        if isinstance(node, BoundResidual):
+            one, other = (propagate(part, centre, radius, visit, path) for part in (node.body, node.shortcut))
+            centre, radius = one[0] + other[0], one[1] + other[1]
+        elif isinstance(node, Relaxed):
+            lower, upper = centre - radius, centre + radius
+            if visit is None:
+                lower, upper = node.ends(lower, upper)
+            else:
+                lower, upper = (node.forward(end) for end in visit(node, path, lower, upper))
             centre = torch.lerp(lower, upper, 0.5)
             radius = upper - centre
-        elif isinstance(layer, Flatten):
-            centre, radius = centre.flatten(2), radius.flatten(2)
+        elif isinstance(node, Affine):
+            centre, radius = node.affine(centre), node.magnitude(radius)
+        path.append(node)
     return centre, radius

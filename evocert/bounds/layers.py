@@ -1,21 +1,24 @@
-"""The layers a network is read into, and what each does to a whole population.
+"""The layers that a network is read into: what they are, and how they are bound to the parameters of some members.
 
 Activations have the logical shape ``[P, B, ...]``. P is 1 until the first layer with weights: what all members share is
 computed once. Memory order is whatever the layer before left, so a transposition is a view and costs nothing.
 
-A layer with weights is first *bound* to the parameters of some members, which does the work that all images of a member
-share; the result has two maps: ``affine``, ``W x + b``, and ``magnitude``, ``|W| x``, which carries radii.
-A new kind of layer is one class here and one entry in ``read.MODULES``.
+*Binding* a layer to the parameters of some members does the work that all images of a member share, and gives a node that
+carries values and intervals forward and linear functions back: ``affine`` and ``convolution`` hold those of affine layers,
+``nonlinear`` all others. A new kind of layer is one class here, its node there, and one entry in ``read.MODULES``.
 """
 
 import math
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
+
+from evocert.bounds.affine import BoundDense, BoundFlatten, BoundNormalize, BoundPad, BoundScale, Node
+from evocert.bounds.convolution import BoundConvolution
+from evocert.bounds.nonlinear import BoundActivation, BoundAvgPool, BoundMaxPool, BoundResidual
+from evocert.bounds.windows import Pair
 
 Shape = tuple[int, ...]
 
@@ -38,18 +41,6 @@ class Slot:
         return parameters[:, self.offset : self.offset + math.prod(self.shape)].reshape(len(parameters), *self.shape)
 
 
-class BoundLayer(Protocol):
-    """A layer with weights, bound to the parameters of P members."""
-
-    def affine(self, x: Tensor) -> Tensor:
-        """``W x + b``: ``[1 or P, B, *input_shape]`` -> ``[P, B, *output_shape]``."""
-        ...
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        """``|W| x``: ``[1 or P, B, *input_shape]`` -> ``[P, B, *output_shape]``."""
-        ...
-
-
 @dataclass(frozen=True)
 class Layer:
     """What every layer has: its place in the user's module, and its shapes without P and B."""
@@ -62,6 +53,10 @@ class Layer:
     def kind(self) -> str:
         return type(self).__name__
 
+    def bind(self, parameters: Tensor) -> Node:
+        """The layer with the parameters ``[P, D]`` of some members, ready for use: all work is done that images share."""
+        raise NotImplementedError
+
 
 @dataclass(frozen=True)
 class Normalize(Layer):
@@ -70,30 +65,70 @@ class Normalize(Layer):
     mean: tuple[float, ...]
     std: tuple[float, ...]
 
-    def bind(self, parameters: Tensor) -> "BoundScale":
-        mean, std = (parameters.new_tensor(v).reshape(-1, *[1] * (len(self.input_shape) - 1)) for v in self.moments)
-        return BoundScale(mean, std)
-
-    @property
-    def moments(self) -> tuple[tuple[float, ...], tuple[float, ...]]:
-        return self.mean, self.std
+    def bind(self, parameters: Tensor) -> BoundNormalize:
+        mean, std = (parameters.new_tensor(v).expand(self.input_shape[0]) for v in (self.mean, self.std))
+        return BoundNormalize(mean, std, self.input_shape)
 
 
 @dataclass(frozen=True)
-class BoundScale:
-    mean: Tensor  # [C, 1, 1]
-    std: Tensor  # [C, 1, 1]
+class BatchNorm2d(Layer):
+    """``(x - mean) / std * weight + bias`` by channel, with statistics that are frozen and belong to the network."""
 
-    def affine(self, x: Tensor) -> Tensor:
-        return (x - self.mean) / self.std
+    mean: tuple[float, ...]
+    std: tuple[float, ...]  # with the module's eps under the root
+    weight: Slot | None  # [C]
+    bias: Slot | None  # [C]
 
-    def magnitude(self, x: Tensor) -> Tensor:
-        return x / self.std
+    def bind(self, parameters: Tensor) -> BoundScale:
+        mean, std = (parameters.new_tensor(v).unsqueeze(0) for v in (self.mean, self.std))
+        scale = 1 / std if self.weight is None else self.weight.of(parameters) / std
+        shift = -mean * scale if self.bias is None else self.bias.of(parameters) - mean * scale
+        return BoundScale(scale, shift, self.input_shape)
 
 
 @dataclass(frozen=True)
 class Flatten(Layer):
     """``[C, H, W]`` -> ``[C * H * W]``, in C order."""
+
+    def bind(self, parameters: Tensor) -> BoundFlatten:
+        return BoundFlatten(self.input_shape)
+
+
+@dataclass(frozen=True)
+class Pad(Layer):
+    """A border of one value; ``padding`` is (left, right, top, bottom), as torch's, and may crop."""
+
+    padding: tuple[int, int, int, int]
+    value: float
+
+    def bind(self, parameters: Tensor) -> BoundPad:
+        return BoundPad(self.padding, self.value, self.input_shape)
+
+
+@dataclass(frozen=True)
+class AvgPool2d(Layer):
+    """``nn.AvgPool2d`` without ceil_mode and divisor_override."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    count_padding: bool
+
+    def bind(self, parameters: Tensor) -> BoundAvgPool:
+        return BoundAvgPool(self.kernel, self.stride, self.padding, self.count_padding, self.input_shape)
+
+
+@dataclass(frozen=True)
+class MaxPool2d(Layer):
+    """``nn.MaxPool2d`` without ceil_mode."""
+
+    kernel: Pair
+    stride: Pair
+    padding: Pair
+    dilation: Pair
+
+    def bind(self, parameters: Tensor) -> BoundMaxPool:
+        return BoundMaxPool(self.kernel, self.stride, self.padding, self.dilation, self.input_shape)
 
 
 @dataclass(frozen=True)
@@ -102,6 +137,21 @@ class Activation(Layer):
 
     name: str
     arguments: tuple[float, ...] = ()
+
+    def bind(self, parameters: Tensor) -> BoundActivation:
+        return BoundActivation(self.name, self.arguments, self.input_shape)
+
+
+@dataclass(frozen=True)
+class Residual(Layer):
+    """``body(x) + shortcut(x)``, each a chain of layers; an empty one is the identity."""
+
+    body: tuple["Layer", ...]
+    shortcut: tuple["Layer", ...]
+
+    def bind(self, parameters: Tensor) -> BoundResidual:
+        body, shortcut = ([layer.bind(parameters) for layer in part] for part in (self.body, self.shortcut))
+        return BoundResidual(body, shortcut, self.input_shape)
 
 
 @dataclass(frozen=True)
@@ -113,7 +163,7 @@ class Linear(Layer):
 
     def bind(self, parameters: Tensor) -> "BoundDense":
         bias = None if self.bias is None else self.bias.of(parameters)
-        return BoundDense(self.weight.of(parameters), bias, self.output_shape)
+        return BoundDense(self.weight.of(parameters), bias, self.input_shape, self.output_shape)
 
 
 @dataclass(frozen=True)
@@ -126,6 +176,12 @@ class Conv2d(Layer):
     padding: tuple[int, int, int, int]
     dilation: tuple[int, int]
     groups: int
+
+    @property
+    def symmetric(self) -> bool:
+        """Whether the padding is the same on both sides, as torch's own convolutions have it."""
+        top, bottom, left, right = self.padding
+        return (top, left) == (bottom, right)
 
     @property
     def multiplications(self) -> int:
@@ -149,7 +205,7 @@ class Conv2d(Layer):
         matrix = matrix.reshape(members, math.prod(self.output_shape), math.prod(self.input_shape))
         if bias is not None:
             bias = bias.repeat_interleave(math.prod(self.output_shape[1:]), 1)
-        return BoundDense(matrix, bias, self.output_shape)
+        return BoundDense(matrix, bias, self.input_shape, self.output_shape)
 
 
 @lru_cache(maxsize=64)
@@ -170,68 +226,3 @@ def _dense_index(layer: Conv2d, device: torch.device) -> Tensor:
     index = torch.full((channels_out * rows * columns, channels_in * height * width), math.prod(layer.weight.shape))
     index[row[inside], column[inside]] = weight[inside]
     return index.flatten().to(device)
-
-
-class BoundDense:
-    """One matrix a member."""
-
-    def __init__(self, weight: Tensor, bias: Tensor | None, output_shape: Shape) -> None:
-        self.weight, self.bias, self.output_shape = weight, bias, output_shape  # [P, out, in], [P, out]
-        self.absolute = weight.abs()
-
-    def affine(self, x: Tensor) -> Tensor:
-        return self._product(self.weight, self.bias, x)
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        return self._product(self.absolute, None, x)
-
-    def _product(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        return dense_product(weight, bias, x).unflatten(2, self.output_shape)
-
-
-def dense_product(weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-    """Weight ``[P, O, I]``, bias ``[P, O]`` or none, x ``[1 or P, B, ...]`` of I entries -> ``[P, B, O]``.
-
-    Images are the innermost in memory, in the product as in what it is made of, and each member has a product of its own
-    also where all take the same x. A matrix kernel rounds by where a row lies in the whole matrix and to the cache lines; so
-    a member's bits do not depend on its place among the others. It is as fast as one product for all, or faster.
-    """
-    x = x.flatten(2).transpose(1, 2).contiguous().expand(len(weight), -1, -1)  # [P, I, B]
-    product = torch.bmm(weight, x) if bias is None else torch.baddbmm(bias.unsqueeze(2), weight, x)
-    return product.transpose(1, 2)
-
-
-class BoundConvolution:
-    """Grouped convolution with the members as groups.
-
-    Measured on 2 CPU cores (torch 2.15; CNN3 w=16, second layer on MNIST): 150-180 GFLOP/s where unfolding the activations
-    into one batched product reached 60-95, and a loop over members 30-130.
-    """
-
-    def __init__(self, layer: Conv2d, weight: Tensor, bias: Tensor | None) -> None:
-        self.layer = layer
-        self.weight = weight.flatten(0, 1)  # [P * O, I / groups, k, k]
-        self.absolute = self.weight.abs()
-        self.bias = None if bias is None else bias.flatten()  # [P * O]
-        self.members = len(weight)
-
-    def affine(self, x: Tensor) -> Tensor:
-        return self._convolve(self.weight, self.bias, x)
-
-    def magnitude(self, x: Tensor) -> Tensor:
-        return self._convolve(self.absolute, None, x)
-
-    def _convolve(self, weight: Tensor, bias: Tensor | None, x: Tensor) -> Tensor:
-        layer = self.layer
-        # All members can share one input where groups do not read different channels of it. In float64 torch makes that one
-        # matrix product, in which a member's bits would depend on its place.
-        if len(x) < self.members and (layer.groups > 1 or x.dtype != torch.float32):
-            x = x.expand(self.members, *x.shape[1:])
-        groups = layer.groups * len(x)
-        x = x.transpose(0, 1).flatten(1, 2)  # [B, P * C, H, W]: a view where a convolution came before
-        top, bottom, left, right = layer.padding
-        if (top, left) == (bottom, right):
-            y = F.conv2d(x, weight, bias, layer.stride, (top, left), layer.dilation, groups)
-        else:
-            y = F.conv2d(F.pad(x, (left, right, top, bottom)), weight, bias, layer.stride, 0, layer.dilation, groups)
-        return y.unflatten(1, (self.members, -1)).transpose(0, 1)

@@ -41,6 +41,13 @@ def margins_between(own: Tensor, others: Tensor, labels: Tensor) -> Tensor:
     return _columns(own, labels.unsqueeze(1)) - _columns(others, rivals)
 
 
+def difference_rows(labels: Tensor, num_classes: int, dtype: torch.dtype) -> Tensor:
+    """The margins as linear functions of the logits: labels ``[B]`` -> ``[B, M, K]``, 1 at the label and -1 at the rival."""
+    units = torch.eye(num_classes, dtype=dtype, device=labels.device)
+    rivals = class_pairs(num_classes, labels.device).rivals.index_select(0, labels)  # [B, M]
+    return units[labels].unsqueeze(1) - units[rivals]
+
+
 def pair_differences(weight: Tensor) -> Tensor:
     """``|W_i - W_j|`` of every pair of classes: ``[P, K, F]`` -> ``[P, pairs, F]``."""
     pairs = class_pairs(weight.shape[1], weight.device)

@@ -5,12 +5,12 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
-import torch
 from torch import Tensor
 
-from evocert.bounds.layers import Activation, BoundDense, BoundLayer, Flatten, Layer, Linear, Shape
+from evocert.bounds.affine import Affine, BoundDense, BoundNormalize, Node
+from evocert.bounds.layers import Layer, Linear, Residual, Shape
 from evocert.bounds.margins import pair_differences
-from evocert.bounds.relaxation import ACTIVATIONS
+from evocert.bounds.nonlinear import forward
 
 
 class Box(NamedTuple):
@@ -18,6 +18,12 @@ class Box(NamedTuple):
 
     lower: Tensor
     upper: Tensor
+
+    @property
+    def centred(self) -> tuple[Tensor, Tensor]:
+        """Centre and radius, each ``[1, B, C, H, W]``."""
+        lower, upper = self.lower.unsqueeze(0), self.upper.unsqueeze(0)
+        return (lower + upper) / 2, (upper - lower) / 2
 
 
 def box_around(images: Tensor, eps: float) -> Box:
@@ -50,68 +56,69 @@ class Network:
         return self.bind(parameters).logits(images)
 
     @property
-    def floats_per_pair(self) -> int:
-        """Numbers that live at once for one member and image while an interval passes the widest layer.
-
-        Centre and radius, in and out; lower and upper before the activation; and for a convolution the copies in
-        blocked memory order that the kernels make of input and output.
-        """
-        widest = max(4 * (_size(layer.input_shape) + _size(layer.output_shape)) for layer in self.layers)
-        # The last layer: centre and radius in, the spread of each pair of classes, margins and what they are made of.
-        return max(widest, 2 * _size(self.layers[-1].input_shape) + self._pairs + 6 * self.num_classes)
-
-    @property
-    def _pairs(self) -> int:
-        return self.num_classes * (self.num_classes - 1) // 2
-
-    @property
-    def floats_per_member(self) -> int:
-        """Numbers that one bound member takes: weights and their absolute values, dense matrices, class pairs."""
-        numbers = 2 * self.num_parameters
-        for layer in self.layers:
-            if getattr(layer, "dense", False):
-                numbers += 2 * _size(layer.input_shape) * _size(layer.output_shape)
-        last = self.layers[-1]
-        return numbers + (3 * self._pairs * _size(last.input_shape) if isinstance(last, Linear) else 0)
+    def all_layers(self) -> tuple[Layer, ...]:
+        """Every layer, those of residual blocks before the blocks themselves."""
+        return tuple(_unfolded(self.layers))
 
 
-def _size(shape: Shape) -> int:
-    return int(torch.Size(shape).numel())
+def _unfolded(layers: tuple[Layer, ...]) -> Iterator[Layer]:
+    for layer in layers:
+        if isinstance(layer, Residual):
+            yield from _unfolded(layer.body)
+            yield from _unfolded(layer.shortcut)
+        yield layer
 
 
 class Members:
-    """P networks of one architecture, bound to their parameters: the work that all images of a member share is done."""
+    """P networks of one architecture, bound to their parameters: the work that all images of a member share is done.
+
+    Attributes:
+        nodes: the bound layers, in the order in which they run.
+    """
 
     def __init__(self, network: Network, parameters: Tensor) -> None:
         self.network = network
         self.parameters = parameters
-        # Not a generator: binding gathers dense matrices, once, however many image tiles follow.
-        self.bound: list[BoundLayer | None] = [
-            layer.bind(parameters) if hasattr(layer, "bind") else None for layer in network.layers
-        ]
+        self.nodes: list[Node] = [layer.bind(parameters) for layer in network.layers]
 
     def __len__(self) -> int:
         return len(self.parameters)
 
-    def __iter__(self) -> Iterator[tuple[Layer, BoundLayer | None]]:
-        return zip(self.network.layers, self.bound, strict=True)
-
     def logits(self, images: Tensor) -> Tensor:
         """Images ``[B, C, H, W]`` -> logits ``[P, B, K]``."""
-        x = images.unsqueeze(0)
-        for layer, bound in self:
-            if bound is not None:
-                x = bound.affine(x)
-            elif isinstance(layer, Activation):
-                x = ACTIVATIONS[layer.name].function(x, *layer.arguments)
-            elif isinstance(layer, Flatten):
-                x = x.flatten(2)
+        x = forward(self.nodes, images.unsqueeze(0))
         return x.expand(len(self), *x.shape[1:])
+
+    # A normalisation at the front is applied to the box itself, in which it loses nothing: no bound need go through it.
+
+    @property
+    def inner(self) -> list[Node]:
+        """The nodes behind the normalisation."""
+        return self.nodes[self._leading :]
+
+    @property
+    def hidden(self) -> list[Node]:
+        """The inner nodes up to the last that is not affine."""
+        nodes = self.inner
+        last = max((i for i, node in enumerate(nodes) if not isinstance(node, Affine)), default=-1)
+        return nodes[: last + 1]
+
+    def entered(self, box: Box) -> tuple[Tensor, Tensor]:
+        """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``."""
+        centre, radius = box.centred
+        for node in self.nodes[: self._leading]:
+            assert isinstance(node, BoundNormalize)
+            centre, radius = node.affine(centre), node.magnitude(radius)
+        return centre, radius
+
+    @cached_property
+    def _leading(self) -> int:
+        return next((i for i, node in enumerate(self.nodes) if not isinstance(node, BoundNormalize)), len(self.nodes))
 
     @cached_property
     def last_linear(self) -> BoundDense | None:
         """The last layer if the margins can be folded into it, otherwise nothing."""
-        last = self.bound[-1]
+        last = self.nodes[-1]
         return last if isinstance(self.network.layers[-1], Linear) and isinstance(last, BoundDense) else None
 
     @cached_property

@@ -17,7 +17,21 @@ import torch.nn.functional as F
 from torch import nn
 
 from evocert import modules
-from evocert.bounds.layers import Activation, Conv2d, Flatten, Layer, Linear, Normalize, Shape, Slot
+from evocert.bounds.layers import (
+    Activation,
+    AvgPool2d,
+    BatchNorm2d,
+    Conv2d,
+    Flatten,
+    Layer,
+    Linear,
+    MaxPool2d,
+    Normalize,
+    Pad,
+    Residual,
+    Shape,
+    Slot,
+)  # fmt: skip
 from evocert.bounds.network import Network
 
 
@@ -47,21 +61,14 @@ def read_network(module: nn.Module, input_shape: Shape) -> Network:
     for parameter in module.parameters():
         offsets[id(parameter)] = total
         total += parameter.numel()
-    try:
-        graph = _Tracer().trace(module)
-    except Exception as error:  # whatever the user's forward does under tracing
-        raise UnsupportedLayer(
-            f"{type(module).__name__} cannot be traced ({_one_line(error)}): its forward must call layers in a fixed order"
-        ) from error
     reader = _Reader(module, offsets, tuple(input_shape))
-    for node in graph.nodes:
-        reader.read(node)
+    reader.read_all()
     if len(reader.shape) != 1 or reader.shape[0] < 2:
         raise UnsupportedLayer(
             f"{type(module).__name__} gives outputs of shape {list(reader.shape)} for one image: allowed are logits [K] "
             "of K >= 2 classes"
         )
-    if not any(hasattr(layer, "weight") for layer in reader.layers):
+    if total == 0:
         raise UnsupportedLayer(f"{type(module).__name__} has no layer with weights: there is nothing to train")
     network = Network(tuple(reader.layers), total, tuple(input_shape), reader.shape[0])
     _check_outputs(module, network)
@@ -163,6 +170,54 @@ def _activation(name: str, *attributes: str) -> Callable[[_Call], Layer]:
     return read
 
 
+def _batch_norm(call: _Call) -> Layer:
+    norm: Any = call.module
+    call.need(norm.running_mean is not None, "track_running_stats=False, allowed are statistics that are kept")
+    call.need(len(call.shape) == 3, "allowed is [C, H, W]")
+    mean, std = norm.running_mean.tolist(), (norm.running_var + norm.eps).sqrt().tolist()
+    return BatchNorm2d(*call.common, tuple(mean), tuple(std), call.optional_slot("weight"), call.optional_slot("bias"))
+
+
+def _pair(value: Any) -> tuple[int, int]:
+    return (value, value) if isinstance(value, int) else (value[0], value[1])
+
+
+def _avg_pool(call: _Call) -> Layer:
+    pool: Any = call.module
+    call.need(not pool.ceil_mode, "ceil_mode=True, allowed is False")
+    call.need(pool.divisor_override is None, f"divisor_override={pool.divisor_override}, allowed is None")
+    call.need(len(call.shape) == 3, "allowed is [C, H, W]")
+    kernel, stride, padding = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding))
+    return AvgPool2d(*call.common, kernel, stride, padding, pool.count_include_pad)
+
+
+def _max_pool(call: _Call) -> Layer:
+    pool: Any = call.module
+    call.need(not pool.ceil_mode, "ceil_mode=True, allowed is False")
+    call.need(not pool.return_indices, "return_indices=True, allowed is False")
+    call.need(len(call.shape) == 3, "allowed is [C, H, W]")
+    kernel, stride, padding, dilation = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
+    return MaxPool2d(*call.common, kernel, stride, padding, dilation)
+
+
+def _pad(call: _Call) -> Layer:
+    pad: Any = call.module
+    call.need(len(call.shape) == 3, "allowed is [C, H, W]")
+    return Pad(*call.common, tuple(pad.padding), float(getattr(pad, "value", 0.0)))
+
+
+def _residual(call: _Call) -> Layer:
+    parts = []
+    for name in ("body", "shortcut"):
+        reader = _Reader(nn.Sequential(getattr(call.module, name)), call.offsets, call.shape, f"{call.place}.{name}")
+        reader.read_all()
+        call.need(
+            reader.shape == call.output_shape, f"its {name} gives {list(reader.shape)}, allowed is the same from both"
+        )
+        parts.append(tuple(reader.layers))
+    return Residual(*call.common, *parts)
+
+
 def _nothing(call: _Call) -> None:
     return None
 
@@ -177,6 +232,12 @@ MODULES: dict[type[nn.Module], Callable[[_Call], Layer | None]] = {
     nn.ReLU6: _activation("hardtanh", "min_val", "max_val"),
     nn.Sigmoid: _activation("sigmoid"),
     nn.Tanh: _activation("tanh"),
+    nn.BatchNorm2d: _batch_norm,
+    nn.AvgPool2d: _avg_pool,
+    nn.MaxPool2d: _max_pool,
+    nn.ConstantPad2d: _pad,
+    nn.ZeroPad2d: _pad,
+    modules.Residual: _residual,
     nn.Flatten: _flatten,
     nn.Identity: _nothing,
     nn.Dropout: _nothing,  # as in eval()
@@ -202,19 +263,39 @@ FUNCTIONS: dict[Any, type[nn.Module]] = {
     "tanh": nn.Tanh,
     torch.flatten: nn.Flatten,
     "flatten": nn.Flatten,
+    F.avg_pool2d: nn.AvgPool2d,
+    F.max_pool2d: nn.MaxPool2d,
+    torch.clamp: nn.Hardtanh,
+    "clamp": nn.Hardtanh,
 }
+
+
+_RENAMED = {"min": "min_val", "max": "max_val"}  # of a clamp, as a Hardtanh
 
 
 class _Reader:
     """Follows the one tensor that runs through the graph."""
 
-    def __init__(self, module: nn.Module, offsets: dict[int, int], shape: Shape) -> None:
+    def __init__(self, module: nn.Module, offsets: dict[int, int], shape: Shape, inside: str = "") -> None:
         self.module, self.offsets, self.shape = module, offsets, shape
+        self.inside = inside  # of a block: its place, and the module is a Sequential around it
         self.layers: list[Layer] = []
         self.current: torch.fx.Node | None = None
         self.tensors: set[torch.fx.Node] = set()  # the current one and those before it, which have the same batch size
         self.shapes: set[torch.fx.Node] = set()  # nodes that stand for x.shape
         self.sizes: set[torch.fx.Node] = set()  # nodes that stand for x.size(0), the batch size
+
+    def read_all(self) -> None:
+        """The whole module."""
+        try:
+            graph = _Tracer().trace(self.module)
+        except Exception as error:  # whatever the user's forward does under tracing
+            raise UnsupportedLayer(
+                f"{type(self.module).__name__}{self.inside and f' at {self.inside!r}'} cannot be traced ({_one_line(error)}): "
+                "its forward must call layers in a fixed order"
+            ) from error
+        for node in graph.nodes:
+            self.read(node)
 
     def read(self, node: torch.fx.Node) -> None:
         if node.op == "placeholder":
@@ -226,8 +307,10 @@ class _Reader:
             if node.args[0] is not self.current:
                 self._refuse("an output that is not the last layer's", "allowed is one tensor, the logits")
         elif node.op == "call_module":
-            self._chain(node, str(node.target))
-            self._layer(self.module.get_submodule(str(node.target)), str(node.target))
+            target = str(node.target)
+            place = self.inside + target.removeprefix("0") if self.inside else target
+            self._chain(node, place)
+            self._layer(self.module.get_submodule(target), place)
         elif node.op == "get_attr":
             self._refuse(f"direct use of {node.target!r}", f"supported are the layers {_supported()}")
         else:
@@ -249,7 +332,9 @@ class _Reader:
         elif name == "dropout" and node.kwargs.get("training", (*node.args, True, True, True)[2]) is False:
             return
         elif (kind := FUNCTIONS.get(node.target)) is not None:
-            kwargs = {k: v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
+            kwargs = {_RENAMED.get(k, k): v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
+            if name == "clamp" and len(node.args) + len(kwargs) < 3:
+                self._refuse(f"clamp with one end at {node.name!r}", "allowed is clamp(low, high)")
             if kind is nn.Flatten and len(node.args) == 1:
                 kwargs = {"start_dim": 0, **kwargs}  # the module's own default is 1
             try:

@@ -10,7 +10,7 @@ It also takes the number of threads out of what the bits depend on.
 """
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from functools import lru_cache, partial
 from typing import NamedTuple
@@ -18,6 +18,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from evocert.bounds.cost import Cost
 from evocert.bounds.network import Network
 
 OnTile = Callable[..., Tensor]  # (members, *inputs) -> [P, B, ...]
@@ -51,14 +52,7 @@ GPU_WORKING_SET = 4 * 2**30
 GPU_MEMBERS = 256
 
 
-def choose_tile(
-    network: Network,
-    floats_per_pair: int,
-    images: int,
-    budget: int,
-    device: torch.device,
-    dtype: torch.dtype = torch.float32,
-) -> Tile:
+def choose_tile(cost: Cost, images: int, budget: int, device: torch.device, dtype: torch.dtype = torch.float32) -> Tile:
     """The tile for minibatches of ``images``, whose temporaries in ``dtype`` stay within ``budget`` bytes.
 
     The population's size and the number of actors have no part in it: the same tile, and so the same bits, serve any split.
@@ -66,17 +60,16 @@ def choose_tile(
     Raises:
         ValueError: not even one member and one image fit; the message says what would do.
     """
-    member = dtype.itemsize * network.floats_per_member
-    pair = dtype.itemsize * floats_per_pair
+    member, pair, chunk = (dtype.itemsize * numbers for numbers in (cost.member, cost.pair, cost.chunk))
     cpu = device.type == "cpu"
     at_once = worker_count() if cpu else 1
-    smallest = at_once * (member + LANES * pair)
+    smallest = at_once * (chunk + member + LANES * pair)
     if smallest > budget:
         raise ValueError(
             f"memory_budget={budget} bytes is too small for one member and {LANES} images of this network on each of "
             f"{at_once} threads: at least {-(-smallest // 2**20)}MiB would do"
         )
-    budget //= at_once
+    budget = budget // at_once - chunk
     working_set = min(budget, CPU_WORKING_SET if cpu else GPU_WORKING_SET)
     tile_images = max(LANES, min((budget - member) // pair, working_set // (8 * pair)) // LANES * LANES)
     # Images in equal parts, so that the padding of the last tile is small.
@@ -84,7 +77,8 @@ def choose_tile(
     tile_images = -(-tile_images // LANES) * LANES
     tile_members = max(1, min(working_set // (tile_images * pair), budget // (member + tile_images * pair)))
     # A power of two divides the usual population sizes and their shares among actors.
-    return Tile(min(1 << (tile_members.bit_length() - 1), CPU_MEMBERS if cpu else GPU_MEMBERS), tile_images)
+    most = GPU_MEMBERS if not cpu else 1 if cost.alone else CPU_MEMBERS
+    return Tile(min(1 << (tile_members.bit_length() - 1), most), tile_images)
 
 
 def over_tiles(
@@ -104,10 +98,7 @@ def over_tiles(
         return like.new_zeros(len(parameters), len(inputs[0]), *like.shape[2:])
     if tile is None:
         return on_tile(network.bind(parameters), *inputs)
-    columns = [
-        (tuple(tensor[rows] for tensor in inputs), kept)
-        for rows, kept in _parts(len(inputs[0]), tile.images, inputs[0].device)
-    ]
+    columns = _columns(inputs, tile)
 
     def members_row(rows: slice | Tensor, kept_members: int) -> Tensor:
         members = network.bind(parameters[rows])
@@ -120,6 +111,49 @@ def over_tiles(
     else:
         pieces = [members_row(*part) for part in parts]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
+
+
+def value_and_gradient(
+    on_tile: OnTile, network: Network, parameters: Tensor, inputs: tuple[Tensor, ...], tile: Tile
+) -> tuple[Tensor, Tensor]:
+    """Values ``[P, B]`` for every member and image, and the gradient ``[P, D]`` of each member's sum over the images.
+
+    Tile by tile, each with a graph of its own: the memory is that of the tiles that are worked on at once, where the graph of
+    a sum over all tiles would keep them all.
+
+    Args:
+        on_tile: (members, *inputs) -> ``[P', B']``.
+        parameters: ``[P, D]``.
+        inputs: tensors ``[B, ...]``, B >= 1.
+        tile: its shape.
+    """
+    columns = _columns(inputs, tile)
+    rows = _parts(len(parameters), tile.members, parameters.device)
+
+    def work(job: tuple[tuple[slice | Tensor, int], tuple[tuple[Tensor, ...], int]]) -> tuple[Tensor, Tensor]:
+        (members, kept_members), (part, kept) = job
+        with torch.enable_grad():
+            own = parameters[members].detach().requires_grad_()
+            values = on_tile(network.bind(own), *part)[:kept_members, :kept]
+            (gradient,) = torch.autograd.grad(values.sum(), own)
+        return values.detach(), gradient[:kept_members]
+
+    jobs = [(row, column) for row in rows for column in columns]
+    run: Callable[..., Iterable[tuple[Tensor, Tensor]]]
+    run = _workers(worker_count()).map if parameters.device.type == "cpu" else map
+    done = iter(run(work, jobs))
+    values, gradients = [], []
+    for _ in rows:
+        pieces = [next(done) for _ in columns]  # always added in this order
+        values.append(torch.cat([piece[0] for piece in pieces], 1))
+        gradients.append(torch.stack([piece[1] for piece in pieces]).sum(0))
+    return torch.cat(values), torch.cat(gradients)
+
+
+def _columns(inputs: tuple[Tensor, ...], tile: Tile) -> list[tuple[tuple[Tensor, ...], int]]:
+    """The inputs cut into image tiles: (inputs, how many of them are not padding)."""
+    parts = _parts(len(inputs[0]), tile.images, inputs[0].device)
+    return [(tuple(tensor[rows] for tensor in inputs), kept) for rows, kept in parts]
 
 
 _worker_count: int | None = None

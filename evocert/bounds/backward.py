@@ -1,0 +1,237 @@
+"""Back-substitution: linear bounds of what a layer computes, carried back to the input and bounded over the box there.
+
+CROWN (Zhang et al. 2018, arXiv:1811.00866) and DeepPoly (Singh et al. 2019, POPL) are this procedure; they differ in where the
+intervals of the activations come from, which the relaxations need (see ``crown_ibp`` and ``deeppoly``).
+"""
+
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
+from evocert.bounds.convolution import BoundConvolution
+from evocert.bounds.margins import difference_rows, logit_margins
+from evocert.bounds.network import Box, Members
+from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, forward
+from evocert.bounds.rows import Chosen, Form, Rows, inner
+from evocert.bounds.windows import Window
+
+# Numbers that the coefficients of the rows worked on at once take. On a CPU they stay in a core's cache; a GPU wants few
+# launches.
+CPU_CHUNK = 2**20
+GPU_CHUNK = 2**27
+
+Interval = tuple[Tensor, Tensor]
+
+
+def chunk_size(device: torch.device) -> int:
+    """Numbers that the coefficients of the rows worked on at once take on a device."""
+    return GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
+
+
+def margins(members: Members, box: Box, labels: Tensor, relaxations: Relaxations) -> Tensor:
+    """Lower bounds of the margins ``[P, B, M]`` by back-substitution, from relaxations of all activations."""
+    terms = difference_rows(labels, members.network.num_classes, box.lower.dtype)  # [B, M, K]
+    centre, radius = members.entered(box)
+    at_centre = logit_margins(forward(members.inner, centre), labels).unsqueeze(2)  # [P, B, 1, M]
+    rows = Rows(terms.unsqueeze(0).unsqueeze(2), at_centre, (terms.shape[2],), both=False)
+    (lower,) = concretised(back(rows, members.inner, relaxations), radius)
+    return lower.flatten(2).expand(len(members), -1, -1)
+
+
+def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:
+    """Rows on the input -> their least values over a box ``[P, I, L, Q]``, and if wanted their greatest.
+
+    Args:
+        rows: functions of the input's deviations from the box's centre.
+        radius: of the box, ``[1, B, C, H, W]``.
+    """
+    radius = rows.on(radius)  # zero beyond the map, whatever coefficients stand there
+    if rows.form is Form.PAIR:
+        s, d, s0, d0 = rows.split()
+        return s0 - d0 - inner((s - d).abs(), radius), s0 + d0 + inner((s + d).abs(), radius)
+    spread = inner(rows.terms.abs(), radius)
+    if not rows.both:
+        return (rows.constant - spread,)
+    if rows.form is Form.EXACT:
+        return rows.constant - spread, rows.constant + spread
+    lower, negated = (rows.constant - spread).chunk(2, 3)
+    return lower, -negated
+
+
+class Substitution:
+    """Intervals of any layer's values by back-substitution through what comes before it, in chunks that stay small.
+
+    Args:
+        members: P bound networks.
+        box: B boxes.
+        relaxations: of the activations before that layer.
+    """
+
+    def __init__(self, members: Members, box: Box, relaxations: Relaxations) -> None:
+        self.members, self.relaxations = members, relaxations
+        self.radius = members.entered(box)[1]
+        self.chunk = chunk_size(self.radius.device)
+
+    def interval(self, path: Sequence[Node], at_centre: Tensor) -> Interval:
+        """Lower and upper bounds of what a chain of nodes from the input on computes.
+
+        Args:
+            path: the nodes.
+            at_centre: what they make of the boxes' centres, ``[1 or P, B, *shape]``; the bounds are ``[P, B, *shape]``.
+        """
+        shape = tuple(at_centre.shape[2:])
+        if path and isinstance(path[-1], BoundFlatten):
+            lower, upper = self.interval(path[:-1], at_centre.unflatten(2, path[-1].input_shape))
+            return lower.flatten(2), upper.flatten(2)
+        seed, rest = self._seed(path, at_centre)
+        found = [
+            [
+                [self._bounds(partial(seed.part, images, lines, neurons), rest) for neurons in parts[2]]
+                for lines in parts[1]
+            ]
+            for parts in [self._parts(seed, rest)]
+            for images in parts[0]
+        ]
+        ends = []
+        for end in range(2):
+            whole = torch.cat(
+                [torch.cat([torch.cat([p[end] for p in line], 3) for line in one], 2) for one in found], 1
+            )
+            ends.append(self._arranged(whole.expand(len(self.members), -1, -1, -1), seed, shape))
+        return ends[0], ends[1]
+
+    def refined(self, path: Sequence[Node], at_centre: Tensor, known: Interval, wanted: Tensor) -> Interval:
+        """Known bounds ``[P, B, *shape]``, with back-substituted ones where they are ``wanted`` (bools of that shape)."""
+        if path and isinstance(path[-1], BoundFlatten):
+            inner_shape = path[-1].input_shape
+            at_centre, lower, upper, wanted = (each.unflatten(2, inner_shape) for each in (at_centre, *known, wanted))
+            lower, upper = self.refined(path[:-1], at_centre, (lower, upper), wanted)
+            return lower.flatten(2), upper.flatten(2)
+        lower, upper = (each.expand(len(self.members), *each.shape[1:]) for each in known)
+        shape = tuple(lower.shape[2:])
+        index, real = _chosen(wanted.expand_as(lower).flatten(1))  # [P, R]
+        if index.shape[1] == 0:
+            return lower, upper
+        seed, rest = self._seed(path, at_centre)
+        size = max(1, self.chunk // (2 * len(self.members) * _largest_cell(seed, rest, self.relaxations)))
+        source: Rows | Shared = seed
+        relaxation = self.relaxations.get(rest[-1]) if rest and isinstance(rest[-1], Relaxed) else None
+        if isinstance(relaxation, RelaxedActivation):
+            source, rest = Shared(relaxation, seed), rest[:-1]
+        found = [self._bounds(partial(source.pick, _decoded(part, seed, shape)), rest) for part in index.split(size, 1)]
+        ends = []
+        for end, old in enumerate((lower, upper)):
+            new, flat = torch.cat([piece[end].flatten(1) for piece in found], 1), old.flatten(1)
+            # What fills up a member's share writes back what was there.
+            ends.append(flat.scatter(1, index, torch.where(real, new, flat.gather(1, index))).view_as(old))
+        return ends[0], ends[1]
+
+    def _seed(self, path: Sequence[Node], at_centre: Tensor) -> tuple[Rows, list[Node]]:
+        """The values after a path as rows on the output of the last activation in it, and the path up to there.
+
+        Until there they are the same for all images, and mostly for all positions: work that is done once a member.
+        """
+        rest = list(path)
+        rows = Rows.values(tuple(at_centre.shape[2:]), at_centre, windows=_has_windows(rest))
+        while rest and not isinstance(rest[-1], BoundResidual) and not isinstance(rest[-1], Relaxed):
+            rows = back(rows, [rest.pop()], self.relaxations)
+        return rows, rest
+
+    def _parts(self, seed: Rows, rest: Sequence[Node]) -> tuple[list[slice], list[slice], list[slice]]:
+        """Which images, lines of positions and neurons are worked on at once: as many as the chunk allows, in that order."""
+        images, (lines, columns), neurons = self.radius.shape[1], seed.grid, seed.neurons
+        room = max(1, self.chunk // (2 * len(self.members) * _largest_cell(seed, rest, self.relaxations)))  # rows
+        line = columns * neurons
+        return (
+            _cut(images, room // (lines * line)),
+            _cut(lines, room // line),
+            _cut(neurons, room // columns),
+        )
+
+    def _bounds(self, rows: Callable[[], Rows], rest: Sequence[Node]) -> tuple[Tensor, ...]:
+        if torch.is_grad_enabled():  # not to keep what all the chunks have multiplied: it is computed again
+            return checkpoint(self._through, rows, rest, use_reentrant=False)
+        return self._through(rows, rest)
+
+    def _through(self, rows: Callable[[], Rows], rest: Sequence[Node]) -> tuple[Tensor, ...]:
+        return concretised(back(rows(), rest, self.relaxations), self.radius)
+
+    def _arranged(self, values: Tensor, seed: Rows, shape: tuple[int, ...]) -> Tensor:
+        """``[P, B, L, Q]`` -> ``[P, B, *shape]``."""
+        return (
+            values.transpose(2, 3).reshape(*values.shape[:2], *shape)
+            if values.shape[2] > 1
+            else values.reshape(*values.shape[:2], *shape)
+        )
+
+
+def _cut(total: int, size: int) -> list[slice]:
+    size = min(max(1, size), total)
+    return [slice(first, min(first + size, total)) for first in range(0, total, size)]
+
+
+def _has_windows(path: Sequence[Node]) -> bool:
+    """Whether neurons at the end of a path see windows of what comes before it: not where that is one matrix."""
+    for node in reversed(path):
+        if isinstance(node, BoundDense):
+            return False
+        if isinstance(node, BoundConvolution):
+            return True
+        if isinstance(node, BoundResidual):
+            return _has_windows(node.body or node.shortcut)
+    return True
+
+
+def _largest_cell(rows: Rows, rest: Sequence[Node], relaxations: Relaxations) -> int:
+    """How many coefficients a row has where it has most, on its way back through some nodes."""
+    sizes = [rows.terms[0, 0, 0, 0].numel()]
+    _walk_cells(rows.window, rest, relaxations, sizes)
+    return max(sizes)
+
+
+def _walk_cells(
+    window: Window | None, nodes: Sequence[Node], relaxations: Relaxations, sizes: list[int]
+) -> Window | None:
+    for node in reversed(nodes):
+        if isinstance(node, BoundResidual):
+            _walk_cells(window, node.shortcut, relaxations, sizes)
+            window = _walk_cells(window, node.body, relaxations, sizes)
+            continue
+        if window is not None and isinstance(node, Relaxed):
+            window = relaxations[node].below(window)
+        elif window is not None and isinstance(node, Affine):
+            window = node.below(window)
+        shape = node.input_shape
+        sizes.append(int(torch.Size(shape if window is None else (shape[0], *window.kernel)).numel()))
+    return window
+
+
+def _chosen(wanted: Tensor) -> tuple[Tensor, Tensor]:
+    """Bools ``[P, N]`` -> the places that are true, for each member in as many as the fullest has, and which are not filling.
+
+    Returns:
+        Places ``[P, R]`` and bools ``[P, R]``. One host synchronisation.
+    """
+    member, place = wanted.nonzero(as_tuple=True)
+    counts = wanted.sum(1)
+    if len(wanted) == 1:
+        return place.unsqueeze(0), torch.ones_like(place, dtype=torch.bool).unsqueeze(0)
+    most = int(counts.max()) if len(place) else 0
+    first = counts.cumsum(0) - counts
+    rank = torch.arange(len(place), device=place.device) - first[member]
+    # Filled up with a place that is not wanted, or, where all are, never.
+    index = wanted.to(torch.uint8).argmin(1, keepdim=True).repeat(1, most)
+    real = torch.zeros_like(index, dtype=torch.bool)
+    index[member, rank], real[member, rank] = place, True
+    return index, real
+
+
+def _decoded(index: Tensor, seed: Rows, shape: tuple[int, ...]) -> Chosen:
+    """Places ``[P, R]`` in ``[B, *shape]`` as rows."""
+    size, positions = int(torch.Size(shape).numel()), seed.grid[0] * seed.grid[1]
+    entry = index % size
+    return Chosen(index // size, entry % positions, entry // positions)

@@ -1,0 +1,35 @@
+"""CROWN-IBP: intervals of all activations by interval propagation, the margins by one back-substitution.
+
+Zhang et al. 2020, arXiv:1906.06316, section 3 (with the margins' bound alone, not its mixture with IBP's).
+"""
+
+from collections.abc import Sequence
+
+from torch import Tensor
+
+from evocert.bounds import backward, ibp
+from evocert.bounds.affine import Node
+from evocert.bounds.network import Box, Members
+from evocert.bounds.nonlinear import Relaxations, Relaxed, inputs_of_relaxed
+
+
+def margins(members: Members, box: Box, labels: Tensor, *, slope: str = "adaptive") -> Tensor:
+    """Lower bounds of the margins over the box ``[P, B, M]``; arguments as of ``ibp.margins``.
+
+    ``slope``: how the free slope of an activation's lower line is chosen, one of ``relaxation.SLOPES``.
+    """
+    return backward.margins(members, box, labels, relaxations(members, box, slope))
+
+
+def relaxations(members: Members, box: Box, slope: str) -> Relaxations:
+    """Of every activation, from its interval by IBP."""
+    found: Relaxations = {}
+    centre, radius = members.entered(box)
+    at_centre = inputs_of_relaxed(members.hidden, centre)
+
+    def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
+        found[node] = node.relax(lower, upper, at_centre[node], slope)
+        return lower, upper
+
+    ibp.propagate(members.hidden, centre, radius, visit)
+    return found
