@@ -29,10 +29,14 @@ _PUBLIC = {
     "resnet": "evocert.networks",
 }
 
+_MODULES = ("bounds", "searchers")
+
 __all__ = [*_PUBLIC, "__version__"]
 
 
 def __getattr__(name: str) -> Any:
+    if name in _MODULES:
+        return importlib.import_module(f"evocert.{name}")
     if name not in _PUBLIC:
         raise AttributeError(f"module 'evocert' has no attribute {name!r}")
     module = importlib.import_module(_PUBLIC[name])

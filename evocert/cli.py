@@ -1,11 +1,13 @@
 """The command line: parses, calls, prints. What needs torch is imported inside the commands."""
 
-import errno
+import contextlib
+import io
 import os
 import shlex
+import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -13,6 +15,8 @@ import typer
 
 import evocert
 from evocert.errors import InputError
+
+STOPPED = "stopped; nothing is lost"
 
 app = typer.Typer(
     name="evocert",
@@ -62,7 +66,8 @@ def run(
     overrides = list(settings or [])
     overrides += [f"seed={seed}"] if seed is not None else []
     overrides += [f"device={device}"] if device is not None else []
-    from evocert.training import start
+    with _imports():
+        from evocert.training import start
 
     _conduct(lambda display: start(problem, overrides, run_dir, display), quiet)
 
@@ -73,36 +78,117 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue an interrupted run; the result is bit for bit that of the uninterrupted one."""
-    from evocert.training import resume as continue_run
+    with _imports():
+        from evocert.training import resume as continue_run
 
     _conduct(lambda display: continue_run(run_folder, display), quiet)
+
+
+@app.command()
+def bench(
+    network: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME[:WIDTH]", help="Such as cnn5 or cnn3:4; may be repeated.  [default: cnn3]"),
+    ] = None,
+    bound: Annotated[
+        list[str] | None,
+        typer.Option(metavar="NAME", help="May be repeated.  [default: ibp, crown-ibp, deeppoly and deeppoly-sparse]"),
+    ] = None,
+    members: Annotated[int, typer.Option(metavar="P", help="Networks in the population.")] = 16,
+    images: Annotated[int, typer.Option(metavar="B", help="Images that each of them is bounded on.")] = 32,
+    weights: Annotated[
+        str, typer.Option(metavar="random|ibp", help="Fresh for each member, or close around ones trained by IBP.")
+    ] = "random",
+    eps: Annotated[
+        str | None, typer.Option(metavar="E", help="Radius in [0, 1] pixels, such as 2/255.  [default: by the images]")
+    ] = None,
+    data: Annotated[
+        str | None,
+        typer.Option(
+            metavar="digits|mnist|random",
+            help="The images.  [default: mnist for small networks if it is at hand, else random]",
+        ),
+    ] = None,
+    data_dir: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Where mnist is, if not in EVOCERT_DATA.")
+    ] = None,
+    repeats: Annotated[int, typer.Option(metavar="N", help="How often each call is timed.")] = 5,
+    device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
+    out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
+) -> None:
+    """Measure the bounds: their speed and memory, how far they are from their floor, and beside other ways to have them.
+
+    For example: evocert bench --bound deeppoly --weights ibp --data-dir DIR --out bench.json
+
+    With auto_LiRPA's public source on PYTHONPATH it is measured too.
+    """
+    from evocert.bench import BenchStopped, Settings
+    from evocert.bench import bench as measure
+    from evocert.bench.table import Tables
+
+    settings = Settings(
+        tuple(network or ["cnn3"]),
+        tuple(bound or ["ibp", "crown-ibp", "deeppoly", "deeppoly-sparse"]),
+        members, images, weights, eps, data, data_dir, repeats, device, out,
+    )  # fmt: skip
+    tables = Tables()
+    try:
+        measure(settings, tables)
+    except KeyboardInterrupt:
+        raise BenchStopped("stopped" if out is None else f"stopped; {out} was not written") from None
+    finally:
+        tables.stop()
+    if out is not None:
+        print(out)
 
 
 def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:
     from evocert.display import Silent, Terminal, show_results, summary
 
     folder, results = work(Silent() if quiet else Terminal())
-    if quiet:
-        print(summary(results, folder.path))
-    else:
-        show_results(results, folder.path, ["results.json", "metrics.jsonl", "checkpoint.pt", "network.onnx"])
+    try:
+        if quiet:
+            print(summary(results, folder.path), flush=True)
+        else:
+            show_results(results, folder.path, ["results.json", "metrics.jsonl", "checkpoint.pt", "network.onnx"])
+    except OSError as error:
+        raise InputError(f"stdout cannot be written to ({error.strerror}); the results are in {folder.path}") from error
+
+
+@contextlib.contextmanager
+def _imports() -> Iterator[None]:
+    """Ctrl-C waits until what is imported is whole: in the middle of it, an extension may not bear it."""
+    waiting: list[int] = []
+    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, before)
+    if waiting:
+        raise KeyboardInterrupt
 
 
 def main() -> None:
     """The console script. Exit status: 0 done, 1 the work failed, 2 bad input, 130 stopped by the user."""
     # Third parties' warnings and log lines are not for a user's eyes.
     warnings.simplefilter("ignore")
+    if sys.stdout is None:  # closed by whoever called
+        sys.stdout = open(os.devnull, "w")  # noqa: SIM115 (for the whole process)
+    for stream in (sys.stdout, sys.stderr):  # a folder's name may have what the terminal has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
     sys.exit(_status())
 
 
 def _status() -> int:
     try:
-        return app(prog_name="evocert", standalone_mode=False) or 0
+        status = app(prog_name="evocert", standalone_mode=False) or 0
+        return status if status != 130 else _complain(STOPPED, "", 130)  # typer's own answer to Ctrl-C
     except InputError as error:
         return _complain(error, "", 2)
     except (KeyboardInterrupt, typer.Abort):
-        return _complain("stopped before the training began", "", 130)
+        return _complain(STOPPED, "", 130)
     except Exception as error:
         if callable(message := getattr(error, "format_message", None)):
             return _parser_complaint(error, message())
@@ -122,23 +208,27 @@ def _failure(error: Exception) -> int:
     """What only torch's side of the package can raise, so that it is not imported before."""
     import torch
 
+    from evocert.bench import BenchFailed, BenchStopped
     from evocert.bounds import UnsupportedLayer
     from evocert.evaluation import ContradictionError
     from evocert.problem import NonFiniteFitnessError
-    from evocert.training import Interrupted
+    from evocert.export.onnx import ExportError
+    from evocert.training import Interrupted, Unwritable
 
     if isinstance(error, UnsupportedLayer):
         return _complain(error, "", 2)
-    if isinstance(error, Interrupted):
-        return _complain(error, f"; to continue: evocert resume {shlex.quote(str(error.run_path))}", 130)
-    if isinstance(error, ContradictionError | NonFiniteFitnessError):
+    if isinstance(error, Interrupted | Unwritable):
+        how = f"; to continue: evocert resume {shlex.quote(str(error.run_path))}"
+        return _complain(error, how, 130 if isinstance(error, Interrupted) else 1)
+    if isinstance(error, BenchStopped):
+        return _complain(error, "", 130)
+    if isinstance(error, BenchFailed | ContradictionError | ExportError | NonFiniteFitnessError):
         return _complain(error, "", 1)
     if isinstance(error, MemoryError | torch.OutOfMemoryError) or "can't allocate memory" in str(error):
         smaller = "; a smaller memory_budget, popsize or batch_size needs less; what a run has written is kept"
         return _complain("out of memory", smaller, 1)
     if isinstance(error, OSError):
-        kept = "; the last good checkpoint is kept: free some space, then evocert resume RUN"
-        return _complain(error, kept if error.errno in (errno.ENOSPC, errno.EDQUOT) else "", 1)
+        return _complain(error, "", 1)
     raise error
 
 

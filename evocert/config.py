@@ -24,6 +24,7 @@ _KINDS = {
     "problem_file": str,
     "problem_path": str,
     "problem_sha256": str,
+    "imported": dict,
 }
 
 
@@ -39,6 +40,7 @@ def record(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict
         "problem_file": os.path.relpath(problem, run.path),
         "problem_path": str(problem.resolve()),
         "problem_sha256": loaded.sha256,
+        "imported": loaded.file.imported(),
         "evocert": evocert.__version__,
     }
 
@@ -69,31 +71,52 @@ def reload(run: Run) -> Reloaded:
             raise InputError(f"{path}: {key}={config[key]!r}, allowed is a path, or null")
     tile, overrides = config["tile"], config["overrides"]
     if tile.keys() != set(Tile._fields) or not all(type(n) is int and n > 0 for n in tile.values()):
-        raise InputError(f"{path}: tile={tile}, allowed are members and images, each 1 or more")
+        raise InputError(f"{path}: tile={tile}, allowed are {', '.join(Tile._fields)}, each 1 or more")
     if not all(isinstance(override, str) for override in overrides):
         raise InputError(f"{path}: overrides={overrides}, allowed are texts KEY=VALUE")
 
     original = _original(run, config)
     # Paths among the overrides were relative to where the user was; the recorded ones are not relative any more.
     overrides = [override for override in overrides if override.partition("=")[0].strip() not in PATHS]
-    loaded = load_problem(run.path / "problem.py", overrides, base=original.parent, name=config["problem"])
+    loaded = load_problem(run.path / "problem.py", overrides, original=original, name=config["problem"])
     if loaded.sha256 != config["problem_sha256"]:
         raise InputError(
             f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json"
         )
-    paths = {key: config[key] for key in PATHS}
-    loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **paths))
+    paths = {key for key in (*PATHS, "data") if key != "data" or str(config.get("data")).endswith(".npz")}
     for key, value in loaded.experiment.settings().items():
-        if config.get(key) != value:
+        if key not in paths and config.get(key) != value:
             raise InputError(f"{path}: {key}={config.get(key)!r}, but problem.py gives {value!r}")
-    if (elsewhere := os.environ.get("EVOCERT_DATA")) and not (paths["data_dir"] and Path(paths["data_dir"]).is_dir()):
-        experiment = dataclasses.replace(loaded.experiment, data_dir=str(data_folder(elsewhere)))
-        loaded = dataclasses.replace(loaded, experiment=experiment)
+    places: dict[str, Any] = {key: _place(config[key], getattr(loaded.experiment, key)) for key in paths}
+    if (elsewhere := os.environ.get("EVOCERT_DATA")) and not (places["data_dir"] and Path(places["data_dir"]).is_dir()):
+        places["data_dir"] = str(data_folder(elsewhere))
+    loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **places))
     if not original.is_file():
         warn(f"the original problem file {original} is gone; the run's own copy is used")
-    elif original.read_bytes() != loaded.source:
+    elif original.read_bytes() != loaded.file.source:
         warn(f"the original problem file {original} was changed since; the run's own copy is used")
     return Reloaded(loaded, Tile(**tile), config["statistics"], config["device_type"])
+
+
+def check_imported(run: Run, loaded: LoadedProblem) -> None:
+    """What the problem file imports from its folder must be what it was: a run is not continued with other code.
+
+    Raises:
+        InputError: naming the module.
+    """
+    began, now = run.read_config()["imported"], loaded.file.imported()
+    for name in sorted(began.keys() & now.keys()):
+        if began[name] != now[name]:
+            raise InputError(
+                f"run {run.path}: the module {name} beside {loaded.file.original} was changed since the run began: allowed "
+                "is the one that it began with"
+            )
+
+
+def _place(recorded: str | None, now: str | None) -> str | None:
+    """Where something is: where it was, or, if only there, where the problem file finds it now that both were moved."""
+    moved = recorded is not None and not Path(recorded).exists() and now is not None and Path(now).exists()
+    return now if moved else recorded
 
 
 def _original(run: Run, config: dict[str, Any]) -> Path:

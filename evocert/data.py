@@ -92,7 +92,7 @@ class Part:
 
 @dataclass(frozen=True, eq=False)
 class Dataset:
-    """Three disjoint parts. ``sources`` says for each part what its indices count: "train", "test" or "all"."""
+    """Three disjoint parts. ``sources`` says for each what its indices count: "train", "test" or "all"."""
 
     name: str
     train: Part
@@ -112,14 +112,10 @@ class Dataset:
         ``{"data": name, "train": {"of": "train", "indices": [...], "sha256": ...}, ...}``: the hash is that of the part's
         images and labels, in order.
         """
-        parts = {"train": self.train, "validation": self.validation, "test": self.test}
-        return {
-            "data": self.name,
-            **{
-                key: {"of": self.sources[key], "indices": part.indices.tolist(), "sha256": part.sha256}
-                for key, part in parts.items()
-            },
-        }
+        record: dict[str, Any] = {"data": self.name}
+        for key, part in (("train", self.train), ("validation", self.validation), ("test", self.test)):
+            record[key] = {"of": self.sources[key], "indices": part.indices.tolist(), "sha256": part.sha256}
+        return record
 
 
 @dataclass(frozen=True)
@@ -280,7 +276,7 @@ def _load_npz(where: _Where) -> _Loaded:
                 found = archive.files
                 arrays = {key: np.asarray(archive[key]) for key in names if key in found}
     except FileNotFoundError as error:
-        raise DataError(f"data_path: there is no file {path}") from error
+        raise DataError(f"data='npz': there is no file {path}") from error
     except Exception as error:  # a cut, altered, encrypted or pickled file makes numpy and zipfile raise many things
         raise DataError(f"{path} cannot be read as an .npz file of plain arrays: {_one_line(error)}") from error
     if missing := [key for key in names if key not in found]:
@@ -294,6 +290,12 @@ def _load_npz(where: _Where) -> _Loaded:
     num_classes = int(train.labels.max()) + 1
     if num_classes < 2:
         raise DataError(f"{path}: y_train has labels up to {num_classes - 1}, one class; at least two are needed")
+    present = train.labels.unique()
+    if len(present) < num_classes:
+        absent = next(k for k, label in enumerate(present.tolist()) if label != k)
+        raise DataError(
+            f"{path}: y_train has label {num_classes - 1} but no {absent}; allowed is 0 to K - 1, each present"
+        )
     if (largest := int(test.labels.max())) >= num_classes:
         raise DataError(f"{path}: y_test has label {largest}, allowed is 0 to {num_classes - 1} as in y_train")
     return _Loaded(train, test, num_classes)
@@ -328,7 +330,7 @@ def _verified_files(where: _Where, below: Path, md5s: dict[str, str], torchvisio
     for name, md5 in md5s.items():
         try:
             contents[name] = _read_verified(folder / name, md5)
-        except FileNotFoundError:
+        except (FileNotFoundError, NotADirectoryError):
             missing.append(name)
         except DataError:
             if not (where.download and where.is_our_cache):
@@ -352,7 +354,7 @@ def _read_verified(path: Path, md5: str) -> bytes:
         content = source.read_bytes()
         if source != path:
             content = gzip.decompress(content)
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         raise
     except (OSError, EOFError, zlib.error) as error:
         raise DataError(f"{source} cannot be read: {_one_line(error)}; put a good copy in its place") from error

@@ -48,9 +48,10 @@ class Silent:
 class _Console(Console):
     def on_broken_pipe(self) -> None:
         """Whoever read stdout is gone (``| head``, a ``tee`` that was killed). The run is worth more than its display."""
-        self.quiet = True
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-        print("evocert: stdout was closed; the run goes on in silence", file=sys.stderr)
+        if not self.quiet:
+            self.quiet = True
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+            print("evocert: stdout was closed; the run goes on in silence", file=sys.stderr)
 
 
 class Terminal:
@@ -97,8 +98,11 @@ class Terminal:
         self._natural, self._certified = natural, certified
 
     def say(self, line: str) -> None:
-        self._console.print(line, markup=False, soft_wrap=True)
-        sys.stdout.flush()
+        try:
+            self._console.print(line, markup=False, soft_wrap=True)
+            sys.stdout.flush()
+        except OSError:  # a disk that is full, or what else stdout may be
+            self._console.on_broken_pipe()
 
     def stop(self) -> None:
         if self._live is not None:

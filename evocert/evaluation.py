@@ -12,6 +12,9 @@ from evocert.data import Part
 from evocert.errors import InputError
 
 BATCH = 500  # images at a time; the bounds cut them further, into tiles
+# What a lower bound of a margin must exceed to count as a proof: far above what float64 loses in sums of this size, and far
+# below what any figure shows.
+ROUNDING = 1e-9
 
 
 @dataclass(frozen=True)
@@ -106,7 +109,7 @@ def evaluation_tile(
     """
     cost = Cost.most(BOUNDS[name].cost(network, device) for name in ("ibp", *bounds))
     try:
-        return Tile(1, choose_tile(cost, BATCH, budget, device, dtype).images)
+        return choose_tile(cost, BATCH, budget, device, dtype)._replace(members=1)
     except ValueError as error:
         raise InputError(f"in the evaluation: {error}") from error
 
@@ -120,7 +123,9 @@ def _decide(
         natural = logit_margins(members.logits(images), labels)
         box = box_around(images, eps)
         margins = [natural, *(BOUNDS[name].margins(members, box, labels) for name in bounds)]
-        return torch.stack([(m > 0).all(2) for m in margins], 2)
+        return torch.stack(
+            [(m > least).all(2) for m, least in zip(margins, (0.0, *[ROUNDING] * len(bounds)), strict=True)], 2
+        )
 
     tile = evaluation_tile(network, bounds, parameters.dtype, budget, parameters.device)
     verdicts = []

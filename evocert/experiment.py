@@ -269,34 +269,34 @@ class LoadedProblem:
 
     Attributes:
         experiment: what it defines, after the overrides, paths absolute.
-        source: the bytes that were run.
+        file: the file that was run.
         overrides: as given, but for paths, which no longer depend on the current folder.
     """
 
     experiment: Experiment
-    source: bytes
+    file: UserFile
     overrides: tuple[str, ...]
 
     @property
     def sha256(self) -> str:
-        return hashlib.sha256(self.source).hexdigest()
+        return hashlib.sha256(self.file.source).hexdigest()
 
 
 def load_problem(
-    path: Path, overrides: Sequence[str] = (), *, base: Path | None = None, name: str | None = None
+    path: Path, overrides: Sequence[str] = (), *, original: Path | None = None, name: str | None = None
 ) -> LoadedProblem:
     """Run a problem file and apply ``KEY=VALUE`` overrides.
 
     Args:
         path: the file; it must define ``experiment = evocert.Experiment(...)``.
         overrides: as given to ``--set``.
-        base: the folder that its relative paths and imports are looked up in; by default its own.
+        original: of which it is a copy: relative paths and imports are looked up in that one's folder.
         name: the problem's name; by default the file's.
 
     Raises:
         InputError: the file is missing, is no Python, raises, or defines no experiment; or an override is wrong.
     """
-    file = UserFile(path, base)
+    file = UserFile(path, original)
     experiment = file.run().get("experiment")
     if not isinstance(experiment, Experiment):
         found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
@@ -310,7 +310,9 @@ def load_problem(
     experiment = apply_overrides(dataclasses.replace(experiment, **changes), overrides)
     if experiment.data in TORCHVISION and (folder := os.environ.get("EVOCERT_DATA")) and not experiment.data_dir:
         experiment = dataclasses.replace(experiment, data_dir=str(data_folder(folder)))
-    return LoadedProblem(experiment, file.source, tuple(_recorded(override, experiment) for override in overrides))
+    if not experiment.problem:
+        experiment = dataclasses.replace(experiment, problem=changes["problem"])
+    return LoadedProblem(experiment, file, tuple(_recorded(override, experiment) for override in overrides))
 
 
 def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
@@ -337,6 +339,8 @@ def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experim
     changes |= _absolute(changes, Path.cwd())
     for group, values in groups.items():
         before = getattr(experiment, group)
+        if isinstance(before, Schedule) and values.get("shape") == "constant":
+            before = CONSTANT  # what the other shape was is of no more interest
         try:
             is_dict = isinstance(before, Mapping)
             changes[group] = {**before, **values} if is_dict else dataclasses.replace(before, **values)

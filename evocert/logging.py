@@ -5,7 +5,7 @@ or functions of the searcher (``lambda searcher: MlflowLogger(searcher, client, 
 ``metrics.jsonl``, are always written and need no logger.
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from evotorch.logging import Logger, PandasLogger
 from torch import Tensor
 
 from evocert.errors import InputError
+from evocert.runs import warn
 
 # EvoTorch leaves out the loggers whose package is absent.
 PACKAGES = {
@@ -24,7 +25,6 @@ PACKAGES = {
     "WandbLogger": "wandb",
     "TensorBoardLogger": "evocert[tensorboard]",
 }
-NAMES = ("StdOutLogger", "PandasLogger", *PACKAGES)
 
 
 class TensorBoardLogger(Logger):
@@ -79,7 +79,12 @@ def attach_loggers(
     Raises:
         InputError: an unknown name, a missing package, or arguments that the logger does not take.
     """
+    hooks = (searcher.before_step_hook, searcher.after_step_hook, searcher.log_hook, searcher.end_of_run_hook)
+    own = [len(hook) for hook in hooks]
     loggers = [_attach(setting, searcher, folder) for setting in settings]
+    for hook, first in zip(hooks, own, strict=True):
+        for place in range(first, len(hook)):
+            hook[place] = _Guarded(hook[place])
     for logger, kept in zip(loggers, rows or [None] * len(loggers), strict=True):
         if kept is not None:
             logger._data = list(kept)
@@ -96,23 +101,40 @@ def kept_rows(loggers: Sequence[Logger]) -> list[Rows | None]:
     ]
 
 
+class _Guarded:
+    """A logger or a hook of a user's: if it raises, the run says so once, and goes on without it."""
+
+    def __init__(self, hook: Callable[..., Any]) -> None:
+        self._hook: Callable[..., Any] | None = hook
+
+    def __call__(self, *arguments: Any) -> Any:
+        if self._hook is None:
+            return None
+        try:
+            return self._hook(*arguments)
+        except KeyboardInterrupt:
+            raise
+        except BaseException as error:  # SystemExit too
+            name = getattr(self._hook, "__qualname__", type(self._hook).__name__)
+            what = " ".join(f"{type(error).__name__}: {error}".split())
+            warn(f"the logger or hook {name} failed ({what}); the run goes on without it")
+            self._hook = None
+            return None
+
+
 def _attach(setting: Any, searcher: SearchAlgorithm, folder: Path) -> Logger:
-    if isinstance(setting, str):
-        setting = (setting, {})
+    """One of the forms that ``Experiment`` has let pass."""
     if callable(setting):
         kind, arguments, name = setting, {}, getattr(setting, "__name__", type(setting).__name__)
-    elif isinstance(setting, list | tuple) and len(setting) == 2 and isinstance(setting[1], dict):
-        name, arguments = setting
-        kind = _logger_class(name)
-        if name == "TensorBoardLogger":
-            arguments = {"directory": folder / "tensorboard", **arguments}
     else:
-        raise InputError(
-            f"loggers has {setting!r}: allowed are a name, (name, {{arguments}}), or a function of the searcher"
-        )
+        name, arguments = (setting, {}) if isinstance(setting, str) else setting
+        if name == "TensorBoardLogger":
+            kind, arguments = TensorBoardLogger, {"directory": folder / "tensorboard", **arguments}
+        elif (kind := getattr(evotorch.logging, name, None)) is None:
+            raise _missing(name)
     try:
         logger = kind(searcher, **arguments)
-    except (TypeError, ValueError) as error:
+    except (TypeError, ValueError, OSError) as error:
         if isinstance(error, InputError):
             raise
         raise InputError(f"logger {name} with {arguments}: {' '.join(str(error).split())}") from error
@@ -123,28 +145,19 @@ def _attach(setting: Any, searcher: SearchAlgorithm, folder: Path) -> Logger:
     return logger
 
 
-def _logger_class(name: str) -> Any:
-    if name not in NAMES:
-        raise InputError(f"loggers has {name!r}: allowed are {', '.join(NAMES)}, or a function of the searcher")
-    if name == "TensorBoardLogger":
-        return TensorBoardLogger
-    kind = getattr(evotorch.logging, name, None)
-    if kind is None:
-        raise _missing(name)
-    return kind
-
-
 def _missing(name: str) -> InputError:
     return InputError(f"logger {name} needs a package that is not installed: pip install '{PACKAGES[name]}'")
 
 
 def close_loggers(loggers: Sequence[Logger], folder: Path) -> None:
-    """Flush what loggers hold; a PandasLogger's table goes to ``pandas.csv`` in the run folder."""
+    """Flush what loggers hold; a PandasLogger's table goes to ``pandas.csv`` in the folder, a second's to ``pandas-2.csv``."""
+    tables = 0
     for logger in loggers:
         if isinstance(logger, TensorBoardLogger):
             logger.close()
-        elif isinstance(logger, PandasLogger) and logger._data:
-            frame = logger.to_dataframe(index=None).set_index("iter")
-            frame[[c for c in frame.columns if frame[c].map(lambda v: isinstance(v, int | float)).all()]].to_csv(
-                folder / "pandas.csv"
-            )
+        elif isinstance(logger, PandasLogger):
+            tables += 1
+            if logger._data:
+                frame = logger.to_dataframe(index=None).set_index("iter")
+                scalars = [c for c in frame.columns if frame[c].map(lambda v: isinstance(v, int | float)).all()]
+                frame[scalars].to_csv(folder / ("pandas.csv" if tables == 1 else f"pandas-{tables}.csv"))

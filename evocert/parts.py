@@ -116,7 +116,10 @@ def _module(experiment: Experiment, data: Dataset) -> nn.Module:
         build: Any = networks.NETWORKS[experiment.network]
     else:
         build = experiment.network
-    taken = inspect.signature(build).parameters
+    try:
+        taken = inspect.signature(build).parameters
+    except ValueError as error:  # of a built-in type
+        raise InputError(f"network={build!r}: allowed is a function (input_shape, num_classes) -> module") from error
     options: dict[str, Any] = {}
     if "mean" in taken or "std" in taken:
         measured = channel_statistics(data.train) if experiment.mean is None or experiment.std is None else (None, None)
@@ -186,9 +189,12 @@ def _warm_start(path: Path, parameters: int) -> _Start:
     if not path.is_dir():
         raise InputError(f"init_from={path}: no such run folder")
     run = Run(path)
-    config = run.read_config()
-    selected = config.get("select")
-    state = run.load_checkpoint(warn, accept=lambda state: chosen_centre(state, selected))
+    try:
+        config = run.read_config()
+        selected = config.get("select")
+        state = run.load_checkpoint(warn, accept=lambda state: chosen_centre(state, selected))
+    except InputError as error:
+        raise InputError(f"init_from={path}: {error}") from error
     if state is None or state["best"] is None:
         raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
     centre = chosen_centre(state, selected)

@@ -52,6 +52,12 @@ class Minibatch(NamedTuple):
     natural: bool  # whether the natural loss is computed too
 
 
+def _checked_eps(eps: Any) -> float:
+    if isinstance(eps, bool) or not isinstance(eps, int | float) or not 0 <= eps <= 1:
+        raise InputError(f"eps={eps!r}: allowed is 0 to 1, in [0, 1] pixels")
+    return float(eps)
+
+
 class NonFiniteFitnessError(RuntimeError):
     """No member had a finite fitness, several generations in a row."""
 
@@ -110,10 +116,16 @@ class CertifiedTraining(Problem):
     ) -> None:
         if bound not in BOUNDS:
             raise InputError(f"bound={bound!r}: allowed are {', '.join(BOUNDS)}")
-        if not 1 <= batch_size <= len(data):
+        if not (isinstance(batch_size, int) and 1 <= batch_size <= len(data)):
             raise InputError(f"batch_size={batch_size}: allowed is 1 to {len(data)}, the number of training images")
-        if not callable(eps) and not 0 <= eps <= 1:
-            raise InputError(f"eps={eps}: allowed is 0 to 1, in [0, 1] pixels")
+        if not (isinstance(seed, int) and 0 <= seed < 2**63):
+            raise InputError(f"seed={seed}: allowed is a whole number, 0 or more, less than 2**63")
+        if tile is not None and not all(isinstance(size, int) and size >= 1 for size in tile):
+            raise InputError(f"tile={tuple(tile)}: allowed are whole numbers, 1 or more")
+        if not callable(eps):
+            _checked_eps(eps)
+        if not all(bool(parameter.isfinite().all()) for parameter in network.parameters()):
+            raise InputError("network: some of its parameters are NaN or infinite, allowed are finite ones")
         self.network = read_network(network, data.image_shape)
         self.bound = bound
         self.batch_size = int(batch_size)
@@ -158,12 +170,24 @@ class CertifiedTraining(Problem):
         generator = np.random.Generator(np.random.Philox(key=np.array([self._minibatch_seed, generation], np.uint64)))
         rows = generator.choice(len(self._data), self.batch_size, replace=False, shuffle=False)
         images, labels = self._data.batch(torch.from_numpy(np.sort(rows)))
+        if int(labels.max()) >= self.network.num_classes:
+            raise InputError(
+                f"label {int(labels.max())} of a training image: allowed is 0 to {self.network.num_classes - 1}, the network's "
+                "outputs"
+            )
         natural = self.natural_every > 0 and generation % self.natural_every == 0
         return Minibatch(generation, images, labels, self.eps_at(generation), natural)
 
     def eps_at(self, generation: int) -> float:
         """The radius, in [0, 1] pixels, that a generation is trained at."""
-        return float(self._eps(generation)) if callable(self._eps) else float(self._eps)
+        return _checked_eps(self._eps(generation) if callable(self._eps) else self._eps)
+
+    def _checked(self, parameters: Tensor) -> Tensor:
+        if parameters.ndim != 2 or parameters.shape[1] != self.network.num_parameters:
+            raise InputError(
+                f"parameters of shape {list(parameters.shape)}: allowed is [P, {self.network.num_parameters}]"
+            )
+        return parameters
 
     def losses(self, parameters: Tensor, generation: int | None = None) -> Tensor:
         """The certified loss of each member on a generation's minibatch.
@@ -177,7 +201,7 @@ class CertifiedTraining(Problem):
             keeps the temporaries of all tiles: ``value_and_gradient`` gives the same gradients within the budget.
         """
         minibatch = self.minibatch(self.generation if generation is None else generation)
-        return self._columns(parameters, minibatch._replace(natural=False))[..., 0].mean(1)
+        return self._columns(self._checked(parameters), minibatch._replace(natural=False))[..., 0].mean(1)
 
     def value_and_gradient(self, parameters: Tensor, generation: int | None = None) -> tuple[Tensor, Tensor]:
         """The certified loss of each member on a generation's minibatch, and its gradient, within the memory budget.
@@ -198,7 +222,7 @@ class CertifiedTraining(Problem):
 
         images = minibatch.images.to(parameters.device, parameters.dtype)
         inputs = images, minibatch.labels.to(parameters.device)
-        losses, gradients = value_and_gradient(on_tile, self.network, parameters, inputs, self.tile)
+        losses, gradients = value_and_gradient(on_tile, self.network, self._checked(parameters), inputs, self.tile)
         return losses.mean(1), gradients / len(images)
 
     def _columns(self, parameters: Tensor, minibatch: Minibatch) -> Tensor:

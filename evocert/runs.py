@@ -10,6 +10,7 @@ import shutil
 import subprocess
 import sys
 import uuid
+import zipfile
 from collections.abc import Callable, Iterator
 from datetime import UTC, datetime
 from importlib import metadata
@@ -96,22 +97,28 @@ class Run:
             raise
 
     def _take_lock(self) -> None:
-        self._lock = (self.path / ".lock").open("w")
-        try:
-            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            self._lock.close()
-            self._lock = None
-            raise InputError(f"run folder {self.path}: another process is at work in it") from None
+        path = self.path / ".lock"
+        while self._lock is None:
+            lock = path.open("w")
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                lock.close()
+                raise InputError(f"run folder {self.path}: another process is at work in it") from None
+            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
+                self._lock = lock
+            else:  # its last holder removed it between the two calls
+                lock.close()
 
     def close(self) -> None:
+        with contextlib.suppress(OSError):
+            if self._lock is not None:  # while it is still held: nobody else's is removed
+                (self.path / ".lock").unlink()
         for file in (self._metrics, self._lock):
             if file is not None:
                 with contextlib.suppress(OSError):  # on a full disk there is nothing left to flush to
                     file.close()
         self._metrics = self._lock = None
-        with contextlib.suppress(OSError):
-            (self.path / ".lock").unlink()
 
     # Records
 
@@ -155,7 +162,8 @@ class Run:
         Raises:
             InputError: split.json says otherwise, or cannot be read.
         """
-        if changed := sorted(key for key, value in self._read_json("split.json").items() if record.get(key) != value):
+        began = self._read_json("split.json")
+        if changed := sorted(key for key in {*began, *record} if began.get(key) != record.get(key)):
             raise InputError(
                 f"the data are not those that run {self.path} began with: {', '.join(changed)} in its split.json differ"
             )
@@ -175,19 +183,23 @@ class Run:
 
     # Metrics
 
-    def open_metrics(self, after: int) -> None:
-        """Continue metrics.jsonl after generation ``after``: later rows and a torn line are cut off."""
+    def open_metrics(self, after: int, warn: Callable[[str], Any]) -> None:
+        """Continue metrics.jsonl after generation ``after``: later rows and a torn last line are cut off.
+
+        ``warn`` is called with one line where rows before it are lost or damaged; damaged ones are left out.
+        """
         path = self.path / "metrics.jsonl"
-        end = 0
-        if path.exists():
-            for line in path.read_bytes().splitlines(keepends=True):
-                try:
-                    if not line.endswith(b"\n") or json.loads(line)["generation"] > after:
-                        break
-                except (ValueError, KeyError, TypeError):
-                    break
-                end += len(line)
-            os.truncate(path, end)
+        lines = path.read_bytes().splitlines(keepends=True) if path.exists() else []
+        generations = [_generation_of(line) for line in lines]
+        kept = [line for line, at in zip(lines, generations, strict=True) if at is not None and at <= after]
+        damaged = sum(at is None for at in generations[:-1])
+        missing = len(set(range(1, after + 1)) - set(generations))
+        if damaged or missing:
+            warn(f"{path} has {damaged} damaged rows, which are left out, and lacks {missing} of {after} generations")
+        if kept != lines[: len(kept)]:
+            self.write_bytes(path.name, b"".join(kept))
+        elif path.exists():
+            os.truncate(path, sum(map(len, kept)))
         self._metrics = path.open("a", encoding="utf-8")
 
     def log(self, row: dict[str, Any]) -> None:
@@ -248,6 +260,9 @@ class Run:
             if not path.exists():
                 continue
             try:
+                with zipfile.ZipFile(path) as archive:  # torch does not look at the checksums in the file
+                    if archive.testzip() is not None:
+                        raise ValueError("its checksums are not those of its content")
                 state = torch.load(path, weights_only=True, map_location="cpu")
                 if not isinstance(state, dict) or "generation" not in state:
                     raise ValueError("it holds no state of a run")
@@ -255,7 +270,8 @@ class Run:
             except Exception as error:  # torch and pickle raise whatever a damaged file leads them to
                 self._damaged.add(name)
                 lacking = "it lacks " if isinstance(error, KeyError) else ""
-                warn(f"checkpoint {path} is corrupted ({lacking}{' '.join(str(error).split())[:120]})")
+                reason = " ".join(str(error).split())[:120] or type(error).__name__
+                warn(f"checkpoint {path} is corrupted ({lacking}{reason})")
                 continue
             if self._damaged:
                 warn(f"continuing from the previous good one, {path}, at generation {state['generation']}")
@@ -292,6 +308,15 @@ def _git_commit() -> str | None:
         command = ["git", "-C", str(Path(evocert.__file__).parent), "rev-parse", "HEAD"]
         return subprocess.run(command, capture_output=True, text=True, timeout=5, check=True).stdout.strip()
     return None
+
+
+def _generation_of(line: bytes) -> int | None:
+    """Of a row of metrics.jsonl; None where it is torn or damaged."""
+    try:
+        generation = json.loads(line)["generation"] if line.endswith(b"\n") else None
+    except (ValueError, KeyError, TypeError):
+        return None
+    return generation if isinstance(generation, int) else None
 
 
 def _finite(value: Any) -> Any:

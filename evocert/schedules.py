@@ -6,7 +6,7 @@ shape is one function and one line in ``SHAPES``.
 
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
 from evocert.errors import InputError
 from evocert.settings import check_choice, check_range, check_types
@@ -43,6 +43,13 @@ class Schedule:
             check_range(0 <= value < math.inf, name, value, "a finite number, 0 or more")
             check_range(self.shape != "step" or value > 0, name, value, "over 0: a step multiplies")
         check_range(1 <= self.steps < 2**31, "steps", self.steps, "1 or more")
+        if self.shape == "constant":
+            for f in fields(self):  # a schedule without a shape would be silently none
+                if f.name not in ("shape", "last"):
+                    value = getattr(self, f.name)
+                    check_range(
+                        value == f.default, f.name, value, f"{f.default} with shape='constant': name another shape"
+                    )
 
     @property
     def reach(self) -> tuple[float, float]:

@@ -15,7 +15,7 @@ from evocert import bounds, config, evaluation, networks
 from evocert.display import Display
 from evocert.errors import InputError
 from evocert.experiment import load_problem
-from evocert.export.onnx import export_onnx
+from evocert.export.onnx import ExportError, export_onnx
 from evocert.logging import attach_loggers, close_loggers, kept_rows
 from evocert.memory import parse_bytes
 from evocert.parts import Parts, build, chosen_centre
@@ -37,6 +37,14 @@ class Interrupted(Exception):  # noqa: N818 (no error: the user's wish)
         self.run_path = run_path
 
 
+class Unwritable(Exception):  # noqa: N818 (what the run folder is)
+    """The disk refused something in the middle of the run in ``run_path``; what was written before is kept."""
+
+    def __init__(self, run_path: Path, error: OSError) -> None:
+        super().__init__(f"run {run_path} stopped: {error.strerror or error}")
+        self.run_path = run_path
+
+
 def start(
     problem: Path, overrides: Sequence[str], run_dir: Path | None, display: Display
 ) -> tuple[Run, dict[str, Any]]:
@@ -51,10 +59,11 @@ def start(
     run = Run.create(run_dir, loaded.experiment.problem)
     with contextlib.closing(run):
         with run.beginning():
-            run.write_bytes("problem.py", loaded.source)
+            run.write_bytes("problem.py", loaded.file.source)
             run.write_json("environment.json", environment(parts.device, bounds.worker_count()))
             run.write_json("split.json", parts.data.split_record())
             run.write_json("config.json", config.record(loaded, problem, parts, run))
+            _try_export(parts, run)
             loggers = attach_loggers(parts.experiment.loggers, parts.searcher, run.path)
         return run, _train(parts, run, loggers, None, display)
 
@@ -73,6 +82,7 @@ def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
             raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
         found = config.reload(run)
         parts = build(found.loaded.experiment, found.tile, found.statistics, warm_start=not run.has_checkpoint)
+        config.check_imported(run, found.loaded)
         run.check_split(parts.data.split_record())
         if parts.device.type != found.device_type:
             warn(f"the run began on {found.device_type} and goes on on {parts.device.type}: its bits will differ")
@@ -81,6 +91,16 @@ def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
             parts.experiment.loggers, parts.searcher, run.path, state["loggers"] if state else None
         )
         return run, _train(parts, run, loggers, state, display)
+
+
+def _try_export(parts: Parts, run: Run) -> None:
+    """Whether the network can be handed over at all: to be known before the training."""
+    trial = run.path / "trial.onnx"
+    try:
+        export_onnx(parts.module, trial, parts.data.test.batch(slice(0, 1))[0])
+    except ExportError as error:
+        raise InputError(f"network: {error}") from error
+    trial.unlink()
 
 
 def _restore(parts: Parts, state: dict[str, Any]) -> None:
@@ -100,7 +120,7 @@ def _train(
     best: dict[str, Any] | None = None
     if state is not None:
         done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
-    run.open_metrics(after=done)
+    run.open_metrics(done, warn)
     saved = lap = time.monotonic()
 
     if not trained:
@@ -150,14 +170,20 @@ def _train(
             searcher._end_of_run_hook(dict(searcher.status))
         assert state is not None, "the end of the training is a checkpoint"
         results = _finish(parts, run, chosen_centre(state, experiment.select), seconds, display)
+    except OSError as error:
+        raise Unwritable(run.path, error) from error
     except KeyboardInterrupt as interrupt:  # in the evaluation, which resume does again, or a second Ctrl-C
         raise Interrupted(run.path, state["generation"] if state else None) from interrupt
     finally:
         display.stop()
-        close_loggers(loggers, run.path)
+        with contextlib.suppress(OSError):  # on a full disk; what matters is written by others
+            close_loggers(loggers, run.path)
         if parts.problem.actors is not None:
             parts.problem.kill_actors()
-    run.write_json("results.json", results)
+    try:
+        run.write_json("results.json", results)
+    except OSError as error:
+        raise Unwritable(run.path, error) from error
     return results
 
 

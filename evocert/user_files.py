@@ -4,6 +4,7 @@ import contextlib
 import functools
 import hashlib
 import importlib
+import os
 import sys
 import types
 from collections.abc import Callable, Iterator
@@ -23,15 +24,16 @@ class UserFile:
     changed, so that another file with a module of the same name beside it gets its own.
 
     Attributes:
-        path: the file.
-        base: the folder that its imports are looked up in, absolute.
+        path: the file that is run.
+        original: of which it is a copy, absolute: what ``__file__`` says.
+        base: that one's folder, in which imports are looked up.
         source: the bytes that are run.
 
     Raises:
         InputError: it is no Python file, or cannot be read.
     """
 
-    def __init__(self, path: Path, base: Path | None = None) -> None:
+    def __init__(self, path: Path, original: Path | None = None) -> None:
         if path.suffix != ".py":
             raise InputError(f"problem file {path}: allowed is a Python file (.py) that defines an experiment")
         try:
@@ -40,7 +42,8 @@ class UserFile:
             reason = getattr(error, "strerror", None) or error
             raise InputError(f"problem file {path} cannot be read: {reason}") from error
         self.path = path
-        self.base = (base or path.parent).resolve()
+        self.original = (original or path).resolve()
+        self.base = self.original.parent
         self._siblings: dict[str, types.ModuleType] = {}
 
     def run(self) -> dict[str, Any]:
@@ -51,7 +54,7 @@ class UserFile:
         """
         name = "evocert_problem_" + hashlib.sha256(self.source + bytes(self.base)).hexdigest()[:16]
         module = types.ModuleType(name)
-        module.__file__ = str(self.path)
+        module.__file__ = str(self.original)
         code = self._compiled()
         # Classes that the file defines must be found by name (pickling, dataclasses).
         sys.modules[name] = module
@@ -103,9 +106,18 @@ class UserFile:
             what = text if isinstance(error, InputError) else f"{type(error).__name__}{text and ': '}{text}"
             raise InputError(f"problem file {self.path}{line}: {what}") from error
 
+    def imported(self) -> dict[str, str]:
+        """The modules of its own folder that it has imported: name -> SHA-256 of the file."""
+        found = {}
+        for name, module in sorted(self._siblings.items()):
+            file = getattr(module, "__file__", None)
+            if file and Path(file).is_file():
+                found[name] = hashlib.sha256(Path(file).read_bytes()).hexdigest()
+        return found
+
     @contextlib.contextmanager
     def _imports(self) -> Iterator[None]:
-        path = list(sys.path)
+        path, folder = list(sys.path), os.getcwd()
         sys.path.insert(0, str(self.base))
         importlib.invalidate_caches()
         hidden = {name: sys.modules[name] for name in self._siblings if name in sys.modules}
@@ -115,6 +127,7 @@ class UserFile:
             yield
         finally:
             sys.path[:] = path
+            os.chdir(folder)  # what is relative on the command line was relative to it
             tops = {name.partition(".")[0] for name in sys.modules.keys() - others} - others
             tops = {name for name in tops if self._is_sibling(sys.modules.get(name), name)}
             self._siblings |= {

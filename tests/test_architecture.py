@@ -18,7 +18,7 @@ LAYERS = [
     {"losses", "attacks", "data", "networks", "memory", "schedules", "settings", "display"},
     {"experiment", "user_files", "problem", "searchers", "evaluation", "runs", "logging", "export"},
     {"parts", "config"},
-    {"training"},
+    {"training", "bench"},
     {"cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}

@@ -123,7 +123,7 @@ class TestRefused:
             ("eps=-0.1", ("eps=-0.1", "0 to 1")),
             ("batch_size=100000", ("batch_size=100000", "1 to 1295")),
             ("bound=box", ("bound='box'", "ibp")),
-            ("network=cnn4", ("network='cnn4'", "cnn3")),
+            ("network=cnn6", ("network='cnn6'", "cnn3")),
             ("optimizer=adamm", ("optimizer='adamm'", "adam")),
             ("optimizer_config.momentum=0.5", ("momentum", "beta1")),
             ("ranking_method=best", ("ranking_method='best'", "centered")),
@@ -222,8 +222,7 @@ class TestFailed:
         assert status == 1
         assert err.count("\n") == 1
         assert "No space left on device" in err
-        assert "checkpoint.pt" in err
-        assert "evocert resume" in err
+        assert f"evocert resume {tmp_path / 'run'}" in err
 
     @pytest.mark.parametrize(
         "error",
@@ -266,6 +265,35 @@ def test_ctrl_c_says_how_to_go_on(problem, tmp_path):
     assert err.count("\n") == 1
     assert f"evocert resume '{folder}'" in err
     assert os.listdir(folder).count(".lock") == 0
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("command", ["run", "resume"])
+@pytest.mark.parametrize("pause", [0.3, 1.5])
+def test_ctrl_c_before_the_training_is_answered(problem, tmp_path, command, pause):
+    python = [sys.executable, "-c", "from evocert.cli import main; main()"]
+    arguments = [str(problem)] if command == "run" else [str(tmp_path / "run")]
+    if command == "resume":
+        subprocess.run([*python, "run", str(problem), "--run-dir", str(tmp_path / "run"), "--quiet"], check=True)
+        (tmp_path / "run" / "results.json").unlink()
+    with subprocess.Popen([*python, command, *arguments], stderr=subprocess.PIPE, text=True, cwd=tmp_path) as process:
+        time.sleep(pause)
+        process.send_signal(2)
+        err = process.stderr.read()
+    assert process.returncode == 130
+    assert err.count("\n") == 1
+    assert err.startswith("evocert: ")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stdout", [">&-", ">/dev/full"])
+def test_a_stdout_that_takes_nothing_costs_nothing(problem, tmp_path, stdout):
+    command = f"exec {sys.executable} -c 'from evocert.cli import main; main()' run {problem} --run-dir '{tmp_path}/ü' {stdout}"
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(["bash", "-c", command], stderr=subprocess.PIPE, text=True, env=environment)
+    assert done.stderr.count("\n") <= 1
+    assert done.returncode == 0
+    assert (tmp_path / "ü" / "results.json").is_file()
 
 
 @pytest.mark.slow

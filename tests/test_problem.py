@@ -1,5 +1,6 @@
 """CertifiedTraining: the fitness, its minibatches, replacement of what is not finite, actors, and other searchers."""
 
+import dataclasses
 import logging
 import pickle
 import warnings
@@ -13,7 +14,7 @@ from evotorch.algorithms import PGPE as EvoTorchPGPE  # noqa: N811
 from evotorch.logging import PandasLogger
 from torch import nn
 
-from evocert.bounds import UnsupportedLayer
+from evocert.bounds import Tile, UnsupportedLayer
 from evocert.errors import InputError
 from evocert.networks import flat_parameters
 from evocert.problem import CertifiedTraining, NonFiniteFitnessError
@@ -273,3 +274,65 @@ class TestActors:
         assert problem.generation == 2
         assert searcher.status["center"].isfinite().all()
         problem.kill_actors()
+
+
+class TestRefuses:
+    @pytest.mark.parametrize(
+        ("settings", "message"),
+        [
+            ({"eps": 1.5}, "eps=1.5"),
+            ({"eps": True}, "eps=True"),
+            ({"eps": "0.1"}, "eps='0.1'"),
+            ({"batch_size": 2.7}, "batch_size=2.7"),
+            ({"batch_size": 41}, "batch_size=41: allowed is 1 to 40"),
+            ({"seed": -1}, "seed=-1"),
+            ({"tile": (0, 16)}, r"tile=\(0, 16, "),
+            ({"bound": "box"}, "bound='box'"),
+        ],
+    )
+    def test_impossible_settings(self, network, part, settings, message):
+        settings = {"eps": 0.1, "batch_size": 8, **settings}
+        if "tile" in settings:
+            settings["tile"] = Tile(*settings["tile"])
+        with pytest.raises(InputError, match=message):
+            CertifiedTraining(network, part, **settings)
+
+    @pytest.mark.parametrize("eps", [-0.5, 7.0, float("nan")])
+    def test_a_radius_that_is_none_when_it_comes_to_it(self, network, part, eps):
+        problem = CertifiedTraining(network, part, eps=lambda generation: eps, batch_size=8)
+        with pytest.raises(InputError, match="eps="):
+            problem.losses(torch.zeros(1, problem.solution_length))
+
+    def test_parameters_of_another_network(self, network, part):
+        problem = CertifiedTraining(network, part, eps=0.1, batch_size=8)
+        for call in (problem.losses, problem.value_and_gradient):
+            with pytest.raises(
+                InputError, match=rf"parameters of shape .*: allowed is \[P, {problem.solution_length}\]"
+            ):
+                call(torch.zeros(2, problem.solution_length + 1))
+
+    def test_weights_that_are_no_numbers(self, network, part):
+        with torch.no_grad():
+            next(network.parameters())[0] = float("nan")
+        with pytest.raises(InputError, match="its parameters are NaN or infinite"):
+            CertifiedTraining(network, part, eps=0.1, batch_size=8)
+
+    def test_labels_that_are_no_outputs(self, network, part):
+        wrong = dataclasses.replace(part, labels=part.labels + 1)
+        problem = CertifiedTraining(network, wrong, eps=0.1, batch_size=40)
+        with pytest.raises(InputError, match="label 3 of a training image: allowed is 0 to 2"):
+            problem.losses(torch.zeros(1, problem.solution_length))
+
+
+@pytest.mark.parametrize("bound", ["ibp", "crown-ibp", "deeppoly", "deeppoly-sparse", "alpha-crown"])
+def test_value_and_gradient_are_those_of_losses(network, part, bound):
+    """In tiles of which the last ones are padded, with a graph for each."""
+    problem = CertifiedTraining(network, part, eps=0.02, bound=bound, batch_size=40, tile=Tile(2, 16))
+    generator = torch.Generator().manual_seed(0)
+    parameters = 0.3 * torch.randn(3, problem.solution_length, generator=generator)
+    losses, gradients = problem.value_and_gradient(parameters)
+    leaf = parameters.clone().requires_grad_()
+    expected = problem.losses(leaf)
+    torch.testing.assert_close(losses, expected.detach())
+    torch.testing.assert_close(gradients, torch.autograd.grad(expected.sum(), leaf)[0], rtol=1e-4, atol=1e-5)
+    assert not losses.requires_grad

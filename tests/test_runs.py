@@ -1,5 +1,6 @@
 """The run folder: creation, atomic writes, cutting of metrics, checkpoints and what is done when they are damaged."""
 
+import fcntl
 import json
 import os
 from contextlib import closing
@@ -59,6 +60,20 @@ class TestFolder:
         with pytest.raises(InputError, match="cannot be written to: Permission denied"):
             Run.create(tmp_path / "a", "toy")
 
+    def test_has_one_process_at_work_also_while_another_leaves(self, run, monkeypatch):
+        """Between its opening the lock file and its locking it, the last holder may have removed that file."""
+        real, left = fcntl.flock, []
+
+        def flock(file, operation):
+            if not left:
+                left.append(True)
+                run.close()
+            real(file, operation)
+
+        monkeypatch.setattr(fcntl, "flock", flock)
+        with closing(Run.open(run.path)), pytest.raises(InputError, match="another process is at work"):
+            Run.open(run.path)
+
     def test_has_one_process_at_work(self, run):
         with pytest.raises(InputError, match="another process is at work"):
             Run.open(run.path)
@@ -99,23 +114,33 @@ class TestWrites:
 
 class TestMetrics:
     def test_are_cut_after_the_checkpoint(self, run):
-        run.open_metrics(after=0)
+        run.open_metrics(0, pytest.fail)
         for generation in range(1, 6):
             run.log({"event": "generation", "generation": generation, "x": float("nan") if generation == 2 else 1.5})
         run._metrics.write('{"event": "generation", "gen')
         run.close()
-        run.open_metrics(after=3)
+        run.open_metrics(3, pytest.fail)
         run.log({"event": "generation", "generation": 4, "x": 0.25})
         assert [r["generation"] for r in rows(run)] == [1, 2, 3, 4]
         assert [r["x"] for r in rows(run)] == [1.5, None, 1.5, 0.25]
 
-    def test_that_are_damaged_are_cut_at_the_damage(self, run):
-        (run.path / "metrics.jsonl").write_bytes(b'{"generation": 1}\n\x00\x00\n{"generation": 2}\n')
-        run.open_metrics(after=5)
-        assert [r["generation"] for r in rows(run)] == [1]
+    def test_that_are_damaged_are_left_out_and_mentioned(self, run):
+        """A damaged row costs itself, not the good ones after it."""
+        rows_there = [b'{"generation": 1}\n', b"\x00\x00\n", b'{"generation": 3}\n', b'{"generation": 4}\n']
+        (run.path / "metrics.jsonl").write_bytes(b"".join(rows_there))
+        said = []
+        run.open_metrics(3, said.append)
+        assert [r["generation"] for r in rows(run)] == [1, 3]
+        (line,) = said
+        assert "has 1 damaged rows, which are left out, and lacks 1 of 3 generations" in line
+
+    def test_that_are_gone_are_mentioned(self, run):
+        said = []
+        run.open_metrics(2, said.append)
+        assert "lacks 2 of 2 generations" in said[0]
 
     def test_are_flushed_row_by_row(self, run):
-        run.open_metrics(after=0)
+        run.open_metrics(0, pytest.fail)
         run.log({"generation": 1})
         assert rows(run) == [{"generation": 1}]
 
@@ -123,7 +148,7 @@ class TestMetrics:
 class TestCheckpoints:
     def save(self, run, *generations):
         for generation in generations:
-            run.save_checkpoint({"generation": generation, "x": torch.tensor(generation)})
+            run.save_checkpoint({"generation": generation, "x": torch.full((8,), float(generation))})
 
     def test_give_the_last_and_keep_the_one_before(self, run):
         assert run.load_checkpoint(pytest.fail) is None
@@ -131,7 +156,7 @@ class TestCheckpoints:
         assert run.load_checkpoint(pytest.fail)["generation"] == 3
         assert torch.load(run.path / PREVIOUS, weights_only=True)["generation"] == 2
 
-    @pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "other"])
+    @pytest.mark.parametrize("damage", ["cut", "zeros", "empty", "other", "one bit of a tensor"])
     def test_that_are_damaged_are_named_and_passed_over(self, run, damage):
         self.save(run, 1, 2)
         path = run.path / CHECKPOINT
@@ -139,7 +164,16 @@ class TestCheckpoints:
         if damage == "other":
             torch.save([1, 2], path)
         else:
-            path.write_bytes({"cut": content[: len(content) // 2], "zeros": b"\0" * len(content), "empty": b""}[damage])
+            place = content.index(torch.full((8,), 2.0).numpy().tobytes())
+            flipped = content[:place] + bytes([content[place] ^ 1]) + content[place + 1 :]
+            path.write_bytes(
+                {
+                    "one bit of a tensor": flipped,
+                    "cut": content[: len(content) // 2],
+                    "zeros": b"\0" * len(content),
+                    "empty": b"",
+                }[damage]
+            )
         said = []
         assert run.load_checkpoint(said.append)["generation"] == 1
         assert str(path) in said[0]

@@ -17,9 +17,10 @@ FACTORS = st.floats(1e-6, 1e6)
 @st.composite
 def schedules(draw):
     start, end = sorted((draw(FRACTIONS), draw(FRACTIONS)))
-    return Schedule(
-        draw(st.sampled_from(list(SHAPES))), start, end, draw(FACTORS), draw(FACTORS), steps=draw(st.integers(1, 9))
-    )
+    shape = draw(st.sampled_from(list(SHAPES)))
+    if shape == "constant":
+        return Schedule(last=draw(FACTORS))
+    return Schedule(shape, start, end, draw(FACTORS), draw(FACTORS), steps=draw(st.integers(1, 9)))
 
 
 def test_the_default_changes_nothing():
@@ -27,9 +28,17 @@ def test_the_default_changes_nothing():
 
 
 def test_a_constant_is_its_last_factor():
-    schedule = Schedule("constant", start=0.2, end=0.6, first=3, last=0.5)
+    schedule = Schedule("constant", last=0.5)
     assert {schedule(fraction) for fraction in (0, 0.2, 0.4, 0.9)} == {0.5}
     assert schedule.reach == (0.5, 0.5)
+
+
+@pytest.mark.parametrize("setting", [{"first": 0.0}, {"start": 0.1}, {"end": 0.4}, {"steps": 2}])
+def test_a_schedule_without_a_shape_is_refused(setting):
+    """It would silently change nothing."""
+    ((name, value),) = setting.items()
+    with pytest.raises(InputError, match=f"{name}={value}: allowed is .* with shape='constant': name another shape"):
+        Schedule(**setting)
 
 
 @pytest.mark.parametrize("shape", RAMPS)

@@ -15,14 +15,14 @@ import pytest
 import torch
 
 from evocert import networks, training
-from evocert.bounds import BOUNDS, read_network, worker_count
+from evocert.bounds import BOUNDS, read_network
 from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
 from evocert.experiment import load_problem
 from evocert.runs import CHECKPOINT, Run
-from evocert.training import Interrupted, resume, start
+from evocert.training import Interrupted, Unwritable, resume, start
 
 PROBLEM = """\
 import evocert
@@ -97,7 +97,7 @@ class TestRecords:
         assert config["popsize"] == 4
         assert config["bound"] == "ibp"  # a default
         assert config["problem"] == "toy"
-        assert set(config["tile"]) == {"members", "images"}
+        assert set(config["tile"]) == {"members", "images", "at_once"}
         assert (reference / "problem.py").read_bytes() == problem.read_bytes()
         split = json.loads((reference / "split.json").read_text())
         data = load("digits")
@@ -272,7 +272,7 @@ class TestResume:
     def test_after_the_training_only_evaluates(self, problem, tmp_path, reference, monkeypatch):
         folder = tmp_path / "trained"
         with monkeypatch.context() as patch:
-            patch.setattr(training, "export_onnx", lambda *args: _kill())
+            patch.setattr(training.evaluation, "evaluate", lambda *args, **kwargs: _kill())
             with pytest.raises(_KilledError):
                 start(problem, [], folder, Silent())
         assert not (folder / "results.json").exists()
@@ -284,7 +284,7 @@ class TestResume:
     def test_after_ctrl_c_while_it_is_evaluated(self, problem, tmp_path, reference, monkeypatch):
         folder = tmp_path / "stopped"
         with monkeypatch.context() as patch:
-            patch.setattr(training, "export_onnx", lambda *args: os.kill(os.getpid(), signal.SIGINT))
+            patch.setattr(training.evaluation, "evaluate", lambda *args, **kwargs: os.kill(os.getpid(), signal.SIGINT))
             with pytest.raises(Interrupted):
                 start(problem, [], folder, Silent())
         assert not (folder / "results.json").exists()
@@ -355,7 +355,7 @@ class TestResume:
 
         monkeypatch.setattr("builtins._listen", listen, raising=False)
         with monkeypatch.context() as patch:
-            patch.setattr(training, "export_onnx", lambda *args: _kill())
+            patch.setattr(training.evaluation, "evaluate", lambda *args, **kwargs: _kill())
             with pytest.raises(_KilledError):
                 start(file, [], tmp_path / "run", Silent())
         resume(tmp_path / "run", Silent())
@@ -449,6 +449,78 @@ class TestResume:
         resume(tmp_path / "killed", Silent())
         assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
 
+    def test_finds_weights_beside_the_original(self, tmp_path):
+        """``__file__`` is the original's, so that what lies beside it is found from the copy too."""
+        torch.manual_seed(0)
+        torch.save(torch.nn.Linear(64, 10).state_dict(), tmp_path / "weights.pt")
+        file = tmp_path / "mine.py"
+        head = (
+            "from pathlib import Path\nimport torch\nlinear = torch.nn.Linear(64, 10)\n"
+            "linear.load_state_dict(torch.load(Path(__file__).parent / 'weights.pt'))\n"
+        )
+        network = "network=torch.nn.Sequential(torch.nn.Flatten(), linear)"
+        file.write_text(head + PROBLEM.replace('network="cnn3", width=2', network))
+        start(file, [], tmp_path / "whole", Silent())
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "killed", _Stopping(8, _kill))
+        resume(tmp_path / "killed", Silent())
+        assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+
+    @pytest.mark.parametrize("setting", ['data="mine.npz"', 'data="npz", data_path="mine.npz"'])
+    def test_finds_data_that_were_moved_with_the_problem_file(self, tmp_path, setting):
+        generator = np.random.default_rng(0)
+        arrays = {"x_train": generator.random((60, 1, 8, 8)), "x_test": generator.random((20, 1, 8, 8))}
+        arrays |= {f"y_{part}": np.arange(len(arrays[f"x_{part}"])) % 10 for part in ("train", "test")}
+        (tmp_path / "home").mkdir()
+        np.savez(tmp_path / "home" / "mine.npz", **arrays)
+        file = tmp_path / "home" / "toy.py"
+        file.write_text(PROBLEM.replace('data="digits"', f"{setting}, validation_fraction=0.3"))
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "home" / "run", _Stopping(8, _kill))
+        (tmp_path / "home").rename(tmp_path / "moved")
+        resume(tmp_path / "moved" / "run", Silent())
+
+    def test_refuses_a_changed_module_beside_the_problem_file(self, tmp_path):
+        helper, file = tmp_path / "my_network.py", tmp_path / "mine.py"
+        helper.write_text(
+            "from torch import nn\n\ndef build(shape, classes):\n"
+            "    return nn.Sequential(nn.Flatten(), nn.Linear(64, 4), nn.ReLU(), nn.Linear(4, classes))\n"
+        )
+        changed = PROBLEM.replace('network="cnn3", width=2', "network=my_network.build")
+        file.write_text(f"import my_network\n{changed}")
+        with pytest.raises(_KilledError):
+            start(file, [], tmp_path / "run", _Stopping(8, _kill))
+        before = helper.read_text()
+        helper.write_text(before.replace("ReLU", "Tanh"))
+        with pytest.raises(InputError, match=r"the module my_network beside .* was changed since the run began"):
+            resume(tmp_path / "run", Silent())
+        helper.write_text(before)
+        resume(tmp_path / "run", Silent())
+
+    def test_where_a_problem_file_goes_to_another_folder(self, tmp_path, monkeypatch):
+        """What is relative on the command line stays relative to where the user is."""
+        (tmp_path / "side").mkdir()
+        (tmp_path / "side" / "my_settings.py").write_text("POPSIZE = 4\n")
+        head = "import os, pathlib\nos.chdir(pathlib.Path(__file__).parent)\nimport my_settings\n"
+        (tmp_path / "side" / "mine.py").write_text(head + PROBLEM.replace("popsize=4", "popsize=my_settings.POPSIZE"))
+        monkeypatch.chdir(tmp_path)
+        with pytest.raises(_KilledError):
+            start(Path("side/mine.py"), [], Path("run"), _Stopping(8, _kill))
+        resume(Path("run"), Silent())
+        assert (tmp_path / "run" / "results.json").is_file()
+
+    @pytest.mark.parametrize("hook", ["log_hook", "end_of_run_hook"])
+    @pytest.mark.parametrize("error", ["ValueError('mine')", "SystemExit(3)", "ConnectionError('server gone')"])
+    def test_a_hook_that_fails_costs_nothing_but_itself(self, tmp_path, capsys, hook, error):
+        file = tmp_path / "mine.py"
+        head = f"def bad(status):\n    raise {error}\n\ndef listen(searcher):\n    searcher.{hook}.append(bad)\n\n"
+        file.write_text(head + PROBLEM.replace("checkpoint", "loggers=[listen], checkpoint"))
+        start(file, [], tmp_path / "run", Silent())
+        assert (tmp_path / "run" / "results.json").is_file()
+        said = capsys.readouterr().err
+        assert said.count("\n") == 1
+        assert f"the logger or hook bad failed ({error.partition('(')[0]}: " in said
+
     @pytest.mark.filterwarnings("ignore:.*inplace.*")  # pandas', of EvoTorch's PandasLogger
     def test_keeps_the_rows_of_a_pandas_logger(self, problem, tmp_path):
         file = tmp_path / "pandas_rows.py"
@@ -458,6 +530,17 @@ class TestResume:
         resume(tmp_path / "run", Silent())
         lines = (tmp_path / "run" / "pandas.csv").read_text().splitlines()
         assert [line.partition(",")[0] for line in lines] == ["iter", *map(str, range(1, 13))]
+        start(file, [], tmp_path / "whole", Silent())
+        assert lines == (tmp_path / "whole" / "pandas.csv").read_text().splitlines()
+
+    @pytest.mark.filterwarnings("ignore:.*inplace.*")
+    def test_gives_each_pandas_logger_a_table(self, tmp_path):
+        file = tmp_path / "two.py"
+        both = 'loggers=["PandasLogger", ("PandasLogger", {"interval": 3})], checkpoint'
+        file.write_text(PROBLEM.replace("checkpoint", both))
+        start(file, [], tmp_path / "run", Silent())
+        names = ("pandas.csv", "pandas-2.csv")
+        assert [len((tmp_path / "run" / name).read_text().splitlines()) for name in names] == [13, 5]
 
     def test_says_which_checkpoint_there_is(self, problem, tmp_path):
         def twice():
@@ -506,7 +589,7 @@ class TestResume:
 
         with monkeypatch.context() as patch:
             patch.setattr(Run, "log", log)
-            with pytest.raises(OSError, match="No space left"):
+            with pytest.raises(Unwritable, match="No space left"):
                 start(problem, [], folder, Silent())
         resume(folder, Silent())
         assert rows(folder) == rows(reference)
@@ -554,12 +637,26 @@ class TestBadInput:
         """The evaluation is in float64: that it needs more must be known before the training, not after."""
         network = read_network(networks.cnn3((1, 8, 8), 10, mean=[0.0], std=[1.0], width=2), (1, 8, 8))
         cost = BOUNDS["ibp"].cost(network, torch.device("cpu"))
-        smallest = 4 * (cost.member + LANES * cost.pair) * worker_count()
+        smallest = 4 * (cost.member + LANES * cost.pair)
         for budget in (smallest - 1, smallest, 2 * smallest - 1):
             with pytest.raises(InputError, match=f"memory_budget={budget} bytes is too small"):
                 start(problem, [f"memory_budget={budget}"], tmp_path / "run", Silent())
         assert not (tmp_path / "run").exists()
         start(problem, [f"memory_budget={2 * smallest}"], tmp_path / "run", Silent())
+
+    def test_a_network_that_has_no_place_in_an_onnx_file(self, tmp_path):
+        """Known before the training, not after it."""
+        file = tmp_path / "odd.py"
+        layers = "torch.nn.BatchNorm2d(1), torch.nn.Flatten(), torch.nn.Linear(64, 10)"
+        file.write_text(
+            "import torch\n"
+            + PROBLEM.replace(
+                'network="cnn3", width=2', f"network=lambda shape, classes: torch.nn.Sequential({layers})"
+            )
+        )
+        with pytest.raises(InputError, match="BatchNormalization"):
+            start(file, [], tmp_path / "run", Silent())
+        assert not (tmp_path / "run").exists()
 
     def test_a_network_with_too_few_outputs(self, tmp_path):
         file = tmp_path / "few.py"

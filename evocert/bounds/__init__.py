@@ -44,7 +44,12 @@ class Bound:
         """Parameters ``[P, D]``, box ``[B, C, H, W]`` twice, labels ``[B]`` -> lower bounds of the margins ``[P, B, M]``.
 
         Computes in the dtype and on the device of the arguments. Differentiable. ``tile`` bounds the memory.
+
+        Raises:
+            ValueError: shapes that do not fit the network or each other, an empty box (lower > upper), NaN, or labels that are
+                no classes.
         """
+        _check(network, parameters, box, labels)
 
         def on_tile(members: Members, lower: Tensor, upper: Tensor, labels: Tensor) -> Tensor:
             return self.margins(members, Box(lower, upper), labels)
@@ -66,6 +71,25 @@ def _substitution(network: Network, device: torch.device) -> Cost:
 
 def _optimised(network: Network, device: torch.device) -> Cost:
     return cost.of_optimisation(network, backward.chunk_size(device))
+
+
+def _check(network: Network, parameters: Tensor, box: Box, labels: Tensor) -> None:
+    if parameters.ndim != 2 or parameters.shape[1] != network.num_parameters:
+        raise ValueError(f"parameters of shape {list(parameters.shape)}: allowed is [P, {network.num_parameters}]")
+    for name, end in (("lower", box.lower), ("upper", box.upper)):
+        if tuple(end.shape[1:]) != network.input_shape:
+            raise ValueError(
+                f"box.{name} of shape {list(end.shape)}: allowed is [B, {', '.join(map(str, network.input_shape))}]"
+            )
+    if labels.ndim != 1 or not len(box.lower) == len(box.upper) == len(labels):
+        lengths = f"{len(box.lower)}, {len(box.upper)} and {list(labels.shape)}"
+        raise ValueError(f"box.lower, box.upper and labels of {lengths}: allowed is one label for each box")
+    if labels.is_floating_point() or bool(((labels < 0) | (labels >= network.num_classes)).any()):
+        raise ValueError(
+            f"labels {labels.tolist()[:10]}: allowed are whole numbers from 0 to {network.num_classes - 1}"
+        )
+    if not bool((box.lower <= box.upper).all()):  # NaN is not
+        raise ValueError("box.lower > box.upper, or NaN, in some pixel: allowed is lower <= upper")
 
 
 BOUNDS: dict[str, Bound] = {

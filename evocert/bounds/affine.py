@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from evocert.bounds.rows import Rows, Shape
+from evocert.bounds.rows import Rows, Shape, as_cell, from_cell
 from evocert.bounds.windows import Window
 
 
@@ -69,9 +69,9 @@ class BoundDense(Affine):
         if rows.coefficients is None:  # the values themselves: their coefficients are the matrix
             terms = self.weight.unflatten(2, self.input_shape).unsqueeze(1).unsqueeze(1)
         else:
-            flat = rows.coefficients.flatten(4).flatten(1, 3)
+            flat = from_cell(rows.coefficients, self.output_shape).flatten(4).flatten(1, 3)
             terms = torch.matmul(flat, self.weight).reshape(-1, *rows.coefficients.shape[1:4], *self.input_shape)
-        return replace(rows, coefficients=terms, shape=self.input_shape)
+        return replace(rows, coefficients=as_cell(terms, self.input_shape), shape=self.input_shape)
 
     def below(self, window: Window) -> Window | None:
         return None
@@ -107,8 +107,8 @@ class BoundScale(Affine):
         return values.reshape(len(values), 1, -1, *self.tail)
 
     def back(self, rows: Rows) -> Rows:
-        cell = (1, 1, -1) if rows.window else (-1, *self.tail)
-        return replace(rows, coefficients=rows.terms * self.scale.reshape(len(self.scale), 1, 1, 1, *cell))
+        scale = self.scale.reshape(len(self.scale), 1, 1, 1, *self.tail, -1)  # a map's channels are last in a cell
+        return replace(rows, coefficients=rows.terms * scale)
 
     def below(self, window: Window) -> Window | None:
         return window
@@ -140,7 +140,9 @@ class BoundFlatten(Affine):
     magnitude = affine
 
     def back(self, rows: Rows) -> Rows:
-        terms = None if rows.coefficients is None else rows.coefficients.unflatten(4, self.input_shape)
+        if rows.coefficients is None:
+            return replace(rows, shape=self.input_shape)
+        terms = as_cell(rows.coefficients.unflatten(4, self.input_shape), self.input_shape).contiguous()
         return replace(rows, coefficients=terms, shape=self.input_shape)
 
     def below(self, window: Window) -> Window | None:
@@ -163,7 +165,7 @@ class BoundPad(Affine):
         rows = rows.cleaned().written()
         left, right, top, bottom = self.padding
         if rows.window is None:
-            terms = F.pad(rows.terms, (-left, -right, -top, -bottom))
+            terms = F.pad(rows.terms, (0, 0, -left, -right, -top, -bottom))
             return replace(rows, coefficients=terms, shape=self.input_shape)
         window = self.below(rows.window)
         clean = not window.overhangs((self.input_shape[1], self.input_shape[2]))

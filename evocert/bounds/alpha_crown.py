@@ -28,18 +28,19 @@ def margins(members: Members, box: Box, labels: Tensor, *, steps: int = STEPS) -
     with torch.no_grad():
         plain = Members(members.network, members.parameters.detach())
         boxed = Box(box.lower.detach(), box.upper.detach())
-        highest, slopes = _ascended(plain, boxed, labels, deeppoly.relaxations(plain, boxed), steps)
+        highest, slopes = _ascended(plain, boxed, labels, steps)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (members.parameters, *box))):
         return highest
-    found = deeppoly.relaxations(members, box)
-    return backward.margins(members, box, labels, _with_slopes(found, slopes))
+    centre = backward.Centre.of(members, box)
+    found = deeppoly.relaxations(members, box, centre)
+    return backward.margins(members, box, labels, centre, _with_slopes(found, slopes))
 
 
-def _ascended(
-    members: Members, box: Box, labels: Tensor, found: Relaxations, steps: int
-) -> tuple[Tensor, list[Tensor | None]]:
+def _ascended(members: Members, box: Box, labels: Tensor, steps: int) -> tuple[Tensor, list[Tensor | None]]:
     """The best bounds ``[P, B, M]`` of a gradient ascent on the slopes, and the slopes that gave them."""
-    highest = backward.margins(members, box, labels, found)
+    centre = backward.Centre.of(members, box)
+    found = deeppoly.relaxations(members, box, centre)
+    highest = backward.margins(members, box, labels, centre, found)
     slopes = _free_slopes(found, highest.shape[2])
     best = list(slopes)
     if all(each is None for each in slopes):
@@ -47,13 +48,13 @@ def _ascended(
     for step in range(steps):
         with torch.enable_grad():
             leaves = [None if each is None else each.detach().requires_grad_() for each in slopes]
-            bounds = backward.margins(members, box, labels, _with_slopes(found, leaves))
+            bounds = backward.margins(members, box, labels, centre, _with_slopes(found, leaves))
             gradients = iter(torch.autograd.grad(bounds.sum(), [leaf for leaf in leaves if leaf is not None]))
         # By the gradient's sign: how much a slope matters differs by orders of magnitude between neurons. Projected, not
         # clamped within the graph: there a slope that starts at 0 or 1, as DeepPoly's do, would never move.
         length = FIRST_STEP * DECAY**step
         slopes = [None if each is None else (each + length * next(gradients).sign()).clamp(0, 1) for each in slopes]
-        bounds = backward.margins(members, box, labels, _with_slopes(found, slopes))
+        bounds = backward.margins(members, box, labels, centre, _with_slopes(found, slopes))
         better = bounds > highest  # [P, B, M]
         highest = torch.where(better, bounds, highest)
         for i, (old, new) in enumerate(zip(best, slopes, strict=True)):

@@ -5,6 +5,7 @@ intervals of the activations come from, which the relaxations need (see ``crown_
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import partial
 
 import torch
@@ -15,7 +16,7 @@ from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.margins import difference_rows, logit_margins
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, forward
+from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, traced
 from evocert.bounds.rows import Chosen, Form, Rows, inner
 from evocert.bounds.windows import Window
 
@@ -32,14 +33,35 @@ def chunk_size(device: torch.device) -> int:
     return GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
 
 
-def margins(members: Members, box: Box, labels: Tensor, relaxations: Relaxations) -> Tensor:
+@dataclass(frozen=True)
+class Centre:
+    """The forward pass of the boxes' centres: deviations are from it.
+
+    Attributes:
+        inputs: of each node that is not affine, ``[1 or P, B, ...]``.
+        logits: ``[1 or P, B, K]``.
+    """
+
+    inputs: dict[Relaxed, Tensor]
+    logits: Tensor
+
+    @classmethod
+    def of(cls, members: Members, box: Box) -> "Centre":
+        inputs: dict[Relaxed, Tensor] = {}
+        return cls(inputs, traced(members.inner, members.entered(box)[0], inputs))
+
+
+def margins(members: Members, box: Box, labels: Tensor, centre: Centre, relaxations: Relaxations) -> Tensor:
     """Lower bounds of the margins ``[P, B, M]`` by back-substitution, from relaxations of all activations."""
     terms = difference_rows(labels, members.network.num_classes, box.lower.dtype)  # [B, M, K]
-    centre, radius = members.entered(box)
-    at_centre = logit_margins(forward(members.inner, centre), labels).unsqueeze(2)  # [P, B, 1, M]
+    radius = members.entered(box)[1]
+    at_centre = logit_margins(centre.logits, labels).unsqueeze(2)  # [P, B, 1, M]
     rows = Rows(terms.unsqueeze(0).unsqueeze(2), at_centre, (terms.shape[2],), both=False)
-    (lower,) = concretised(back(rows, members.inner, relaxations), radius)
-    return lower.flatten(2).expand(len(members), -1, -1)
+    widest = max(int(torch.Size(node.input_shape).numel()) for node in members.nodes)
+    size = chunk_size(radius.device) // (len(members) * rows.neurons * widest)
+    parts = [rows.part(images, slice(0, 1), slice(0, rows.neurons)) for images in _cut(len(terms), size)]
+    found = [concretised(back(part, members.inner, relaxations), radius)[0] for part in parts]
+    return torch.cat(found, 1).flatten(2).expand(len(members), -1, -1)
 
 
 def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:

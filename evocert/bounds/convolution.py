@@ -1,11 +1,12 @@
 """Convolutions that are too large to be one matrix a member."""
 
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch.autograd.function import once_differentiable
 
 from evocert.bounds.affine import Affine
 from evocert.bounds.rows import Rows
@@ -14,10 +15,38 @@ from evocert.bounds.windows import Window
 if TYPE_CHECKING:
     from evocert.bounds.layers import Conv2d
 
-# torch's transposed convolution on a CPU wastes most of its lanes on fewer channels than this; a product and a fold is then
-# faster: 8 us against 37 us a row for one channel, but 26 us against 14 us for 16 (first and second layer of CNN3 w=16 on
-# MNIST, one core, torch 2.15).
-FOLDED_CHANNELS = 8
+# torch's transposed convolution on a CPU wastes most of its lanes on fewer channels than this; the products of ``_composed``
+# are then faster, though more.
+COMPOSED_CHANNELS = 8
+
+
+class _Composition(torch.autograd.Function):
+    """Row r of each cell times one matrix, added into the new cell from ``r * step`` on.
+
+    Written out with its gradient: products that add into part of a tensor are a third of the time of products that are padded
+    and summed, but torch's own gradient of a write into part of a tensor copies the whole.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, cells: Tensor, strip: Tensor, size: int, step: int) -> Tensor:
+        """Cells ``[P, X, rows, n]``, strip ``[P, n, m]`` -> ``[P, X, size]``."""
+        ctx.save_for_backward(cells, strip)
+        ctx.step = step
+        new = cells.new_zeros(*cells.shape[:2], size)
+        for row in range(cells.shape[2]):
+            new[:, :, row * step : row * step + strip.shape[2]].baddbmm_(cells[:, :, row], strip)
+        return new
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, Tensor, None, None]:
+        cells, strip = ctx.saved_tensors
+        of_cells, of_strip = torch.empty_like(cells), torch.zeros_like(strip)
+        for row in range(cells.shape[2]):
+            part = gradient[:, :, row * ctx.step : row * ctx.step + strip.shape[2]]
+            of_cells[:, :, row] = torch.bmm(part, strip.transpose(1, 2))
+            of_strip.baddbmm_(cells[:, :, row].transpose(1, 2), part)
+        return of_cells, of_strip, None, None
 
 
 class BoundConvolution(Affine):
@@ -114,24 +143,15 @@ class BoundConvolution(Affine):
         height, line = below.kernel[0], below.kernel[1] * self.input_shape[0]
         flat = terms.flatten(1, 3).flatten(3)  # [P, X, kernel rows, columns * C]
         members, count = max(len(flat), len(strip)), flat.shape[1]
-        flat = flat.expand(members, -1, -1, -1)
-        taps, dilation = self.layer.weight.shape[2], self.layer.dilation[0]
-        if torch.is_grad_enabled() and dilation == 1:  # a write into part of a tensor costs a copy of it in the graph
-            products = torch.matmul(flat.flatten(1, 2), strip).unflatten(
-                1, (count, -1)
-            )  # [P, X, kernel rows, k * line]
-            starts = [row * self.layer.stride[0] * line for row in range(window.kernel[0])]
-            pads = [(start, height * line - start - taps * line) for start in starts]
-            new = torch.stack([F.pad(p, pad) for p, pad in zip(products.unbind(2), pads, strict=True)]).sum(0)
-            return new.reshape(members, *terms.shape[1:4], height, below.kernel[1], self.input_shape[0])
-        new = flat.new_zeros(members, count, height * line)
-        for row in range(window.kernel[0]):
-            first = row * self.layer.stride[0]
-            if dilation == 1:
-                new[:, :, first * line : (first + taps) * line].baddbmm_(flat[:, :, row], strip)
-            else:
+        flat, strip = flat.expand(members, -1, -1, -1), strip.expand(members, -1, -1)
+        taps, stride, dilation = self.layer.weight.shape[2], self.layer.stride[0], self.layer.dilation[0]
+        if dilation == 1:
+            new: Tensor = _Composition.apply(flat, strip, height * line, stride * line)
+        else:
+            new = flat.new_zeros(members, count, height, line)
+            for row in range(window.kernel[0]):
                 product = torch.bmm(flat[:, :, row], strip).unflatten(2, (taps, line))
-                new.unflatten(2, (height, line))[:, :, first : first + (taps - 1) * dilation + 1 : dilation] += product
+                new[:, :, row * stride : row * stride + (taps - 1) * dilation + 1 : dilation] += product
         return new.reshape(members, *terms.shape[1:4], height, below.kernel[1], self.input_shape[0])
 
     def _strip(self, columns: int, columns_below: int) -> Tensor:
@@ -148,36 +168,35 @@ class BoundConvolution(Affine):
         return self._strips[columns]
 
     def _transposed(self, terms: Tensor) -> Tensor:
-        """Coefficients on the whole output ``[1 or P, I, L, Q, C, H, W]`` -> on the whole input."""
+        """Coefficients on the whole output ``[1 or P, I, L, Q, H, W, C]`` -> on the whole input."""
         layer = self.layer
-        flat = terms.flatten(1, 3)  # [1 or P, R, C, H, W]
-        flat = flat.expand(self.members, *flat.shape[1:])
+        channels, height, width = self.input_shape
         top, bottom, left, right = layer.padding
-        size = self.input_shape[1] + top + bottom, self.input_shape[2] + left + right  # with the padding
+        if terms.device.type == "cpu" and channels < COMPOSED_CHANNELS:
+            whole = Window((layer.output_shape[1], layer.output_shape[2]), (1, 1), (0, 0), (1, 1))
+            below = self._window(
+                whole
+            )  # of one position: the map with its padding, up to where the last kernel reaches
+            new = self._composed(terms, whole, below)
+            bottom, right = height + top - below.kernel[0], width + left - below.kernel[1]
+            return F.pad(new, (0, 0, -left, right, -top, bottom))
+        flat = terms.flatten(1, 3)  # [1 or P, R, H, W, C]
+        flat = flat.expand(self.members, *flat.shape[1:])
+        # [R, P * C, H, W], with channels innermost in memory where there is one member: that is the fastest order.
+        flat = flat.permute(1, 0, 4, 2, 3).flatten(1, 2)
+        # Rows and columns at the end that no kernel reaches have no coefficients.
         kernel = layer.weight.shape[2], layer.weight.shape[3]
-        if flat.device.type == "cpu" and self.input_shape[0] < FOLDED_CHANNELS and layer.groups == 1:
-            matrix = self.kernels.flatten(2).transpose(1, 2)  # [P, C' * k * k, C]
-            columns = torch.matmul(matrix.unsqueeze(1), flat.flatten(3)).flatten(0, 1)  # [P * R, C' * k * k, H * W]
-            if layer.symmetric:
-                new = F.fold(columns, self.input_shape[1:], kernel, layer.dilation, (top, left), layer.stride)
-                return new.reshape(self.members, *terms.shape[1:4], *self.input_shape)
-            new = F.fold(columns, size, kernel, layer.dilation, 0, layer.stride).unflatten(0, (self.members, -1))
-        else:
-            flat = flat.transpose(0, 1).flatten(1, 2)  # [R, P * C, H, W]
-            groups = self.members * layer.groups
-            # Rows and columns at the end that no kernel reaches have no coefficients.
-            rest = [
-                n - ((o - 1) * s + d * (k - 1) + 1)
-                for n, o, s, d, k in zip(
-                    size, layer.output_shape[1:], layer.stride, layer.dilation, kernel, strict=True
-                )
-            ]
-            padding = (top, left) if layer.symmetric else (0, 0)
-            new = F.conv_transpose2d(
-                flat, self.weight, None, layer.stride, padding, (rest[0], rest[1]), groups, layer.dilation
-            )
-            new = new.unflatten(1, (self.members, -1)).transpose(0, 1)  # [P, R, C', H', W']
-            if layer.symmetric:
-                return new.reshape(self.members, *terms.shape[1:4], *self.input_shape)
-        new = new[..., top : top + self.input_shape[1], left : left + self.input_shape[2]]
-        return new.reshape(self.members, *terms.shape[1:4], *self.input_shape)
+        size = height + top + bottom, width + left + right
+        rest = [
+            n - ((o - 1) * s + d * (k - 1) + 1)
+            for n, o, s, d, k in zip(size, layer.output_shape[1:], layer.stride, layer.dilation, kernel, strict=True)
+        ]
+        padding = (top, left) if layer.symmetric else (0, 0)
+        groups = self.members * layer.groups
+        new = F.conv_transpose2d(
+            flat, self.weight, None, layer.stride, padding, (rest[0], rest[1]), groups, layer.dilation
+        )
+        if not layer.symmetric:
+            new = new[..., top : top + height, left : left + width]
+        new = new.unflatten(1, (self.members, channels)).permute(1, 0, 3, 4, 2)  # [P, R, H', W', C']
+        return new.reshape(self.members, *terms.shape[1:4], height, width, channels)

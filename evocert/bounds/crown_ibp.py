@@ -10,7 +10,7 @@ from torch import Tensor
 from evocert.bounds import backward, ibp
 from evocert.bounds.affine import Node
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import Relaxations, Relaxed, inputs_of_relaxed
+from evocert.bounds.nonlinear import Relaxations, Relaxed
 
 
 def margins(members: Members, box: Box, labels: Tensor, *, slope: str = "adaptive") -> Tensor:
@@ -18,18 +18,17 @@ def margins(members: Members, box: Box, labels: Tensor, *, slope: str = "adaptiv
 
     ``slope``: how the free slope of an activation's lower line is chosen, one of ``relaxation.SLOPES``.
     """
-    return backward.margins(members, box, labels, relaxations(members, box, slope))
+    centre = backward.Centre.of(members, box)
+    return backward.margins(members, box, labels, centre, relaxations(members, box, centre, slope))
 
 
-def relaxations(members: Members, box: Box, slope: str) -> Relaxations:
+def relaxations(members: Members, box: Box, centre: backward.Centre, slope: str = "adaptive") -> Relaxations:
     """Of every activation, from its interval by IBP."""
     found: Relaxations = {}
-    centre, radius = members.entered(box)
-    at_centre = inputs_of_relaxed(members.hidden, centre)
 
     def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
-        found[node] = node.relax(lower, upper, at_centre[node], slope)
+        found[node] = node.relax(lower, upper, centre.inputs[node], slope)
         return lower, upper
 
-    ibp.propagate(members.hidden, centre, radius, visit)
+    ibp.propagate(members.hidden, *members.entered(box), visit)
     return found

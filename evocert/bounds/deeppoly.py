@@ -14,7 +14,7 @@ from evocert.bounds import backward, ibp
 from evocert.bounds.affine import BoundDense, Entrywise, Node
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import Relaxations, Relaxed, inputs_of_relaxed
+from evocert.bounds.nonlinear import Relaxations, Relaxed
 
 
 def margins(
@@ -33,34 +33,39 @@ def margins(
         sparse: back-substitute only neurons that an interval of one layer leaves undecided; the others keep that interval.
         intersect: take the tighter of the back-substituted end and that of the one-layer interval, neuron by neuron.
     """
-    found = relaxations(members, box, slope, sparse=sparse, intersect=intersect)
-    bounds = backward.margins(members, box, labels, found)
+    centre = backward.Centre.of(members, box)
+    found = relaxations(members, box, centre, slope, sparse=sparse, intersect=intersect)
+    bounds = backward.margins(members, box, labels, centre, found)
     return torch.maximum(bounds, ibp.margins(members, box, labels)) if intersect else bounds
 
 
 def relaxations(
-    members: Members, box: Box, slope: str = "adaptive", *, sparse: bool = False, intersect: bool = False
+    members: Members,
+    box: Box,
+    centre: backward.Centre,
+    slope: str = "adaptive",
+    *,
+    sparse: bool = False,
+    intersect: bool = False,
 ) -> Relaxations:
     """Of every activation, in the order in which they run, from its back-substituted interval."""
     found: Relaxations = {}
     substitution = backward.Substitution(members, box, found)
-    centre, radius = members.entered(box)
-    at_centre = inputs_of_relaxed(members.hidden, centre)
 
     def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
         if not _exact(path):
             decided = node.decided(lower, upper) if sparse else None
             if decided is None:
-                below, above = substitution.interval(path, at_centre[node])
+                below, above = substitution.interval(path, centre.inputs[node])
             else:
-                below, above = substitution.refined(path, at_centre[node], (lower, upper), ~decided)
+                below, above = substitution.refined(path, centre.inputs[node], (lower, upper), ~decided)
             if intersect:
                 below, above = torch.maximum(below, lower), torch.minimum(above, upper)
             lower, upper = below, above
-        found[node] = node.relax(lower, upper, at_centre[node], slope)
+        found[node] = node.relax(lower, upper, centre.inputs[node], slope)
         return lower, upper
 
-    ibp.propagate(members.hidden, centre, radius, visit)
+    ibp.propagate(members.hidden, *members.entered(box), visit)
     return found
 
 

@@ -5,7 +5,7 @@ computed once. Memory order is whatever the layer before left, so a transpositio
 
 *Binding* a layer to the parameters of some members does the work that all images of a member share, and gives a node that
 carries values and intervals forward and linear functions back: ``affine`` and ``convolution`` hold those of affine layers,
-``nonlinear`` all others. A new kind of layer is one class here, its node there, and one entry in ``read.MODULES``.
+``nonlinear`` all others. A new kind of layer is one class here, its node there, and one entry in ``supported.MODULES``.
 """
 
 import math

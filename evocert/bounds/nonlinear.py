@@ -15,7 +15,7 @@ from torch import Tensor
 
 from evocert.bounds.affine import Affine, Node
 from evocert.bounds.relaxation import ACTIVATIONS, Lines
-from evocert.bounds.rows import Chosen, Form, Rows, Shape, inner
+from evocert.bounds.rows import Chosen, Form, Rows, Shape, as_cell, inner
 from evocert.bounds.windows import Pair, Window
 
 
@@ -105,20 +105,24 @@ class RelaxedActivation:
         self.offset, self.spread = (high + low) / 2, (high - low) / 2
 
     def back(self, rows: Rows) -> Rows:
-        if rows.form is Form.EXACT and rows.both:
+        if rows.form is Form.EXACT and rows.both and rows.chosen is None:
             return Shared(self, rows).all()
         rows = rows.lowered()
         terms, magnitude = rows.terms, rows.terms.abs()
         constant = (
             rows.constant + inner(terms, self._on(rows, self.offset)) - inner(magnitude, self._on(rows, self.spread))
         )
-        new = torch.addcmul(terms * self._on(rows, self.mean), magnitude, self._on(rows, self.half), value=-1)
+        new = terms * self._on(rows, self.mean)
+        new = (torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_)(
+            new, magnitude, self._on(rows, self.half), value=-1
+        )
         return replace(rows, coefficients=new, constant=constant, clean=True)
 
     def _on(self, rows: Rows, each: Tensor) -> Tensor:
         """As the rows see it: ``[1 or P, I, L, 1 or Q, *cell]``."""
         if each.ndim == 3 + len(rows.shape):  # for each row its own: [P, B, Q, *shape]
-            return each.unsqueeze(2)
+            own = each if rows.images is None or each.shape[1] == 1 else each[:, rows.images]
+            return as_cell(own.unsqueeze(2), rows.shape)
         return rows.on(each)
 
     def below(self, window: Window) -> Window | None:
@@ -137,7 +141,7 @@ class Shared:
         terms, magnitude = rows.terms, rows.terms.abs()
         self.both = torch.stack((terms, magnitude), 4)  # [P, 1 or I, 1 or L, Q, 2, *cell]
         self.slopes = rows.on_any(relaxed.mean, relaxed.half)  # [1 or P, I, L, 2, *cell]
-        self.constants = (
+        self.constants = torch.broadcast_tensors(  # what leads to the rows may have weights where the terms have none
             rows.constant + inner(terms, rows.on_any(relaxed.offset)),
             inner(magnitude, rows.on_any(relaxed.spread)),
         )  # each [P, I, L, Q]
@@ -200,26 +204,30 @@ class BoundMaxPool(Relaxed):
 
 
 class RelaxedMaxPool:
-    """``x_i <= max(x) <= x_i`` where one input's lower bound is at least all others' upper bounds; else ``x_i <= max(x) <= u``.
+    """``x_i <= max(x)``, and above the constant u, or ``max(x) <= x_i + (r - l_i)+``, whichever encloses less.
 
-    i is the input with the greatest lower bound, u the greatest upper bound. Sound, and exact where one input wins everywhere;
-    elsewhere the upper bound is a constant, which forgets how the maximum depends on the inputs, and the lower one forgets
-    all inputs but one. (DeepPoly, Singh et al. 2019, section 4.4, does the same.)
+    i is the input with the greatest midpoint, l_i its lower bound, r the greatest upper bound of the others, u that of all.
+    Sound, and exact where one input wins everywhere (r <= l_i); elsewhere a constant forgets how the maximum depends on the
+    inputs, and the lower line forgets all inputs but one. DeepPoly (Singh et al. 2019, section 4.4) takes the input with the
+    greatest lower bound, and its line above only where r <= l_i: behind a ReLU many of these ends are zero but for rounding,
+    which would then decide.
     """
 
     def __init__(self, pool: BoundMaxPool, lower: Tensor, upper: Tensor, at_centre: Tensor) -> None:
         self.pool, self.interval = pool, (lower, upper)
         lows, highs = pool.pieces(lower, -torch.inf), pool.pieces(upper, -torch.inf)
-        best = lows.argmax(0, keepdim=True)  # [1, 1 or P, B, C, H', W']
+        best = (lows + highs).argmax(0, keepdim=True)  # [1, 1 or P, B, C, H', W']
         chosen = torch.zeros_like(lows).scatter_(0, best, 1.0)
-        rivals = highs.masked_fill(chosen > 0, -torch.inf).amax(0)
-        wins = lows.gather(0, best)[0] >= rivals
+        rivals, greatest = highs.masked_fill(chosen > 0, -torch.inf).amax(0), highs.amax(0)
+        low, high = lows.gather(0, best)[0], highs.gather(0, best)[0]
+        over = (rivals - low).clamp(min=0)
+        follows = (low + high) / 2 + over < greatest
         self.below_taps = chosen  # the lower line's slope at each tap
-        self.above_taps = chosen * wins
+        self.above_taps = chosen * follows
         # What the lines give at the centre's values, beyond the maximum there.
-        values, maximum = pool.pieces(at_centre, 0.0), pool.forward(at_centre)
+        values, maximum = pool.pieces(at_centre.expand_as(lower), 0.0), pool.forward(at_centre)
         self.below_offset = values.gather(0, best)[0] - maximum
-        self.above_offset = torch.where(wins, self.below_offset, highs.amax(0) - maximum)
+        self.above_offset = torch.where(follows, self.below_offset + over, greatest - maximum)
 
     def back(self, rows: Rows) -> Rows:
         rows = rows.lowered()
@@ -258,13 +266,10 @@ def spread_taps(rows: Rows, terms: Sequence[Tensor], pool: Pool) -> Rows:
     """Coefficients for each tap of a pooling, on its output -> rows on its input. Taps in rising order, row by row."""
     stride, dilation = pool.stride, pool.dilation
     window = None if rows.window is None else below_pool(pool, rows.window)
-    shape: Shape
-    if window is not None:  # cells [kernel rows, kernel columns, C]
-        shape, axes, start = (*window.kernel, pool.input_shape[0]), (-3, -2), (0, 0)
-    else:
-        # With the padding, and with what lies before the end but is reached by no tap.
-        shape = (pool.input_shape[0], *(h + 2 * p for h, p in zip(pool.input_shape[1:], pool.padding, strict=True)))
-        axes, start = (-2, -1), pool.padding
+    (channels, *size), axes = pool.input_shape, (-3, -2)
+    # On the whole map: with the padding, and with what lies before the end but is reached by no tap.
+    padded = window.kernel if window else [h + 2 * p for h, p in zip(size, pool.padding, strict=True)]
+    shape = (*padded, channels)
     new = terms[0].new_zeros(*terms[0].shape[:-3], *shape)
     for (a, b), each in zip(pool.taps(), terms, strict=True):
         place: list[slice] = [slice(None)] * new.ndim
@@ -272,8 +277,9 @@ def spread_taps(rows: Rows, terms: Sequence[Tensor], pool: Pool) -> Rows:
             place[axis] = slice(tap * d, tap * d + (each.shape[axis] - 1) * s + 1, s)
         new[tuple(place)] += each
     if window is None:
-        new = new[..., start[0] : start[0] + pool.input_shape[1], start[1] : start[1] + pool.input_shape[2]]
-    clean = window is None or not window.overhangs((pool.input_shape[1], pool.input_shape[2]))
+        top, left = pool.padding
+        new = new[..., top : top + size[0], left : left + size[1], :]
+    clean = window is None or not window.overhangs((size[0], size[1]))
     return replace(rows, coefficients=new, shape=pool.input_shape, window=window, clean=clean)
 
 
@@ -335,16 +341,16 @@ def forward(nodes: Sequence[Node], x: Tensor) -> Tensor:
     return x
 
 
-def inputs_of_relaxed(nodes: Sequence[Node], x: Tensor) -> dict[Relaxed, Tensor]:
-    """What each node that is not affine is given, where the chain is given ``x [1 or P, B, ...]``."""
-    found: dict[Relaxed, Tensor] = {}
+def traced(nodes: Sequence[Node], x: Tensor, found: dict[Relaxed, Tensor]) -> Tensor:
+    """As ``forward``; what each node that is not affine is given goes into ``found``."""
     for node in nodes:
-        if isinstance(node, Relaxed):
-            found[node] = x
-        elif isinstance(node, BoundResidual):
-            found |= inputs_of_relaxed(node.body, x) | inputs_of_relaxed(node.shortcut, x)
-        x = node.forward(x)
-    return found
+        if isinstance(node, BoundResidual):
+            x = traced(node.body, x, found) + traced(node.shortcut, x, found)
+        else:
+            if isinstance(node, Relaxed):
+                found[node] = x
+            x = node.forward(x)
+    return x
 
 
 def back(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> Rows:

@@ -1,4 +1,4 @@
-"""One table: what the bounds know of each activation. A new activation is one entry here and one in ``read.MODULES``.
+"""One table: what the bounds know of each activation. A new activation is one entry here and one in ``supported.MODULES``.
 
 A relaxation of an activation f over ``lower <= x <= upper`` is two lines with
 

@@ -1,7 +1,8 @@
 """Rows: linear functions of one layer's values, which back-substitution rewrites as functions of the layer below.
 
 A row belongs to a member, an image, a position and a neuron there. Its coefficients stand in a cell: a window of the map,
-where the neurons are those of a convolution, or the whole of the layer's values.
+where the neurons are those of a convolution, or the whole of the layer's values. The cells of a map have its channels last,
+``[rows, columns, C]``.
 
     coefficients [P, I, L, Q, *cell]    constant [P, I, L, Q]
 
@@ -101,7 +102,7 @@ class Rows:
             return self.coefficients
         units = self.shape[0] if self.window else _size(self.shape)
         unit = torch.eye(units, dtype=self.constant.dtype, device=self.constant.device)
-        return unit.reshape(1, 1, 1, units, *((1, 1, units) if self.window else self.shape))
+        return as_cell(unit.reshape(1, 1, 1, units, *((units, 1, 1) if self.window else self.shape)), self.shape)
 
     def written(self) -> "Rows":
         """The same rows with coefficients."""
@@ -116,7 +117,8 @@ class Rows:
         rows = self if neurons == slice(0, self.neurons) else self.written()
         terms, constant = rows.coefficients, self.constant[:, :, here, neurons]
         if terms is not None:
-            terms = (terms[:, :, here] if terms.shape[2] > 1 else terms)[:, :, :, neurons]
+            terms = terms if terms.shape[1] == 1 else terms[:, images]
+            terms = (terms if terms.shape[2] == 1 else terms[:, :, here])[:, :, :, neurons]
         return replace(
             rows,
             coefficients=terms,
@@ -151,7 +153,7 @@ class Rows:
         if self.images is not None:
             maps = tuple(each if each.shape[1] == 1 else each[:, self.images] for each in maps)
         if self.window is None:
-            return torch.stack(maps, 2).unsqueeze(2)
+            return as_cell(torch.stack(maps, 2).unsqueeze(2), self.shape).contiguous()
         pieces = [self.window.cut(each) for each in maps]
         return torch.stack(pieces, 3) if len(pieces) > 1 else pieces[0].unsqueeze(3)
 
@@ -172,8 +174,8 @@ class Rows:
         """The same rows with coefficients on the whole map instead of on windows."""
         if self.window is None:
             return self
-        shape = (self.shape[0], self.shape[1], self.shape[2])
-        places = self.window.places(shape, self.constant.device)  # [L, K]
+        channels, height, width = self.shape
+        places = self.window.places((channels, height, width), self.constant.device)  # [L, K]
         terms = self.terms.flatten(4)  # [P, I, L, Q, K]
         if self.chosen is not None:
             index = places[self.chosen.position].unsqueeze(2).unsqueeze(2).expand_as(terms)
@@ -181,8 +183,8 @@ class Rows:
             terms = terms.expand(-1, -1, self.window.count, -1, -1)
             index = places.unsqueeze(1).expand_as(terms)
         # The entry past the map takes what lies beyond it.
-        full = terms.new_zeros(*terms.shape[:4], _size(shape) + 1).scatter(4, index, terms)[..., :-1]
-        return replace(self, coefficients=full.unflatten(4, shape), window=None, clean=True)
+        full = terms.new_zeros(*terms.shape[:4], _size(self.shape) + 1).scatter(4, index, terms)[..., :-1]
+        return replace(self, coefficients=full.unflatten(4, (height, width, channels)), window=None, clean=True)
 
     # Their forms
 
@@ -211,6 +213,16 @@ class Rows:
         terms = torch.cat((self.terms, torch.zeros_like(self.terms)), 3)
         constant = torch.cat((self.constant, torch.zeros_like(self.constant)), 3)
         return replace(self, coefficients=terms, constant=constant, form=Form.PAIR)
+
+
+def as_cell(values: Tensor, shape: Shape) -> Tensor:
+    """``[..., *shape]`` -> as a cell: a map's channels go last. A view."""
+    return values.movedim(-3, -1) if len(shape) == 3 else values
+
+
+def from_cell(values: Tensor, shape: Shape) -> Tensor:
+    """The inverse of ``as_cell``."""
+    return values.movedim(-1, -3) if len(shape) == 3 else values
 
 
 def _size(shape: Shape) -> int:

@@ -33,6 +33,8 @@ class Tile(NamedTuple):
 
     members: int
     images: int
+    at_once: int = 2**16
+    """On how many a CPU may work at once, for the memory's sake; a member's bits do not depend on it."""
 
 
 # Images of a tile come in multiples of this: torch works on so many float32 numbers at a time, and rounds sigmoid, exp and
@@ -62,13 +64,13 @@ def choose_tile(cost: Cost, images: int, budget: int, device: torch.device, dtyp
     """
     member, pair, chunk = (dtype.itemsize * numbers for numbers in (cost.member, cost.pair, cost.chunk))
     cpu = device.type == "cpu"
-    at_once = worker_count() if cpu else 1
-    smallest = at_once * (chunk + member + LANES * pair)
+    smallest = chunk + member + LANES * pair
     if smallest > budget:
         raise ValueError(
-            f"memory_budget={budget} bytes is too small for one member and {LANES} images of this network on each of "
-            f"{at_once} threads: at least {-(-smallest // 2**20)}MiB would do"
+            f"memory_budget={budget} bytes is too small for one member and {LANES} images of this network: at least "
+            f"{-(-smallest // 2**20)}MiB would do"
         )
+    at_once = min(worker_count() if cpu else 1, budget // smallest)
     budget = budget // at_once - chunk
     working_set = min(budget, CPU_WORKING_SET if cpu else GPU_WORKING_SET)
     tile_images = max(LANES, min((budget - member) // pair, working_set // (8 * pair)) // LANES * LANES)
@@ -78,7 +80,7 @@ def choose_tile(cost: Cost, images: int, budget: int, device: torch.device, dtyp
     tile_members = max(1, min(working_set // (tile_images * pair), budget // (member + tile_images * pair)))
     # A power of two divides the usual population sizes and their shares among actors.
     most = GPU_MEMBERS if not cpu else 1 if cost.alone else CPU_MEMBERS
-    return Tile(min(1 << (tile_members.bit_length() - 1), most), tile_images)
+    return Tile(min(1 << (tile_members.bit_length() - 1), most), tile_images, at_once)
 
 
 def over_tiles(
@@ -107,7 +109,8 @@ def over_tiles(
 
     parts = _parts(len(parameters), tile.members, parameters.device)
     if parameters.device.type == "cpu" and not torch.is_grad_enabled():
-        pieces = list(_workers(worker_count()).map(lambda part: _without_graph(partial(members_row, *part)), parts))
+        workers = _workers(min(worker_count(), tile.at_once))
+        pieces = list(workers.map(lambda part: _without_graph(partial(members_row, *part)), parts))
     else:
         pieces = [members_row(*part) for part in parts]
     return pieces[0] if len(pieces) == 1 else torch.cat(pieces)
@@ -140,7 +143,7 @@ def value_and_gradient(
 
     jobs = [(row, column) for row in rows for column in columns]
     run: Callable[..., Iterable[tuple[Tensor, Tensor]]]
-    run = _workers(worker_count()).map if parameters.device.type == "cpu" else map
+    run = _workers(min(worker_count(), tile.at_once)).map if parameters.device.type == "cpu" else map
     done = iter(run(work, jobs))
     values, gradients = [], []
     for _ in rows:
@@ -175,7 +178,7 @@ def give_threads_to_tiles() -> None:
     torch.set_num_threads(1)
 
 
-@lru_cache(maxsize=1)
+@lru_cache(maxsize=4)
 def _workers(threads: int) -> ThreadPoolExecutor:
     """As many workers as torch may use threads; inside a worker torch uses one."""
     torch.empty(KEPT_BLOCK, dtype=torch.uint8)

@@ -82,14 +82,17 @@ class Window:
         return self.cut(like.new_ones(1, *size))
 
     def places(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-        """For each entry of each cell its place in the flat map ``[C * H * W]``, or that size beyond it: ``[L, K]``."""
+        """For each entry of each cell its place in the map as a cell, ``[H * W * C]``, or that size beyond it: ``[L, K]``."""
         return _places(self, shape, device)
 
 
 @lru_cache(maxsize=64)
 @torch.inference_mode(False)  # what is kept must serve later gradients too
 def _places(window: Window, shape: tuple[int, int, int], device: torch.device) -> Tensor:
-    size = shape[0] * shape[1] * shape[2]
-    numbers = torch.arange(1, size + 1, dtype=torch.float64).reshape(shape)  # exact to 2**53; 0 is beyond the map
-    found = window.cut(numbers).flatten(1).long() - 1
+    channels, height, width = shape
+    size = channels * height * width
+    numbers = torch.arange(1, size + 1, dtype=torch.float64).reshape(
+        height, width, channels
+    )  # exact; 0 is beyond the map
+    found = window.cut(numbers.movedim(-1, -3)).flatten(1).long() - 1
     return torch.where(found < 0, size, found).to(device)

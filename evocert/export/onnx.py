@@ -27,7 +27,11 @@ REFUSED = {
 }
 
 
-def fold_normalisation(module: nn.Sequential, channels: int | None = None) -> nn.Sequential:
+class ExportError(RuntimeError):
+    """The network cannot be written, or the file does not compute what the network does."""
+
+
+def fold_normalisation(module: nn.Sequential) -> nn.Sequential:
     """A copy of ``module`` that computes the same without any :class:`~evocert.modules.Normalize`.
 
     Nested plain Sequentials are written out flat. A Normalize at the front goes into the weights of the first Linear
@@ -36,9 +40,7 @@ def fold_normalisation(module: nn.Sequential, channels: int | None = None) -> nn
     not for the pixel 0, and before every layer that does not commute with it (ReLU, pooling, a module of your own).
     Weights are computed in float64 and rounded once to the dtype of the layer.
 
-    Args:
-        module: ``[B, C, H, W] -> ...``; it is copied and keeps its own weights.
-        channels: C, needed only where a Normalize has one mean for several channels and becomes a convolution.
+    ``module``, ``[B, C, H, W] -> ...``, is copied and keeps its own weights.
     """
     layers = _in_order(copy.deepcopy(module))
     if layers and isinstance(layers[0], Normalize):
@@ -50,7 +52,7 @@ def fold_normalisation(module: nn.Sequential, channels: int | None = None) -> nn
     for parent in list(result.modules()):
         for name, child in list(parent._modules.items()):
             if isinstance(child, Normalize):
-                setattr(parent, name, _as_convolution(child, channels))
+                setattr(parent, name, _as_convolution(child))
     return result
 
 
@@ -72,7 +74,8 @@ def export_onnx(module: nn.Module, path: Path, images: Tensor) -> float:
     Raises:
         InputError: the images are not as described, the network has a Softmax, or a BatchNorm that cannot be folded
             into a convolution before it.
-        RuntimeError: the difference exceeds ``1e-4 * max(1, max |logit|)``, or the shapes differ.
+        ExportError: torch cannot write the network; the shapes differ, or a logit by more than
+            ``1e-4 * max(1, max |logit|)``.
         OSError: the file cannot be written.
     """
     if images.ndim != 4 or len(images) == 0 or images.dtype != torch.float32:
@@ -83,20 +86,38 @@ def export_onnx(module: nn.Module, path: Path, images: Tensor) -> float:
         raise InputError("images have pixels outside [0, 1], or NaN: only [0, 1] is allowed")
     path, images = Path(path), images.detach().cpu().contiguous()
     original = copy.deepcopy(module).eval().float().cpu()
-    rewritten = fold_normalisation(nn.Sequential(original), channels=images.shape[1])
+    rewritten = fold_normalisation(nn.Sequential(_with_all_means(original, images[:1])))
     _add_biases(rewritten)
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
+        content = _written(rewritten, images[:1])
+        difference = _difference(original, content, images)
         file = Path(folder, path.name)
-        _trace(rewritten, images[:1], file)
-        model = _canonical(onnx.load(file))
-        onnx.checker.check_model(model, full_check=True)
-        onnx.save(model, file)
-        difference = _difference(original, file, images)
-        with open(file, "rb+") as handle:
+        with open(file, "wb") as handle:
+            handle.write(content)
+            handle.flush()
             os.fsync(handle.fileno())
         os.replace(file, path)
     return difference
+
+
+def _with_all_means(module: nn.Module, image: Tensor) -> nn.Module:
+    """A copy in which every Normalize has a mean for each channel that it is given, also where it had one for all."""
+    module = copy.deepcopy(module)
+
+    def write_out(normalize: nn.Module, given: tuple[Tensor, ...]) -> None:
+        for name in ("mean", "std"):
+            setattr(normalize, name, getattr(normalize, name).expand(given[0].shape[1], 1, 1).clone())
+
+    handles = [m.register_forward_pre_hook(write_out) for m in module.modules() if isinstance(m, Normalize)]
+    if not handles:
+        return module
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of whatever layer, which says it again elsewhere
+        module(image)
+    for handle in handles:
+        handle.remove()
+    return module
 
 
 def _in_order(module: nn.Module) -> list[nn.Module]:
@@ -140,10 +161,8 @@ def _folded(normalize: Normalize, between: list[nn.Module], layer: nn.Module) ->
     return result
 
 
-def _as_convolution(normalize: Normalize, channels: int | None) -> nn.Conv2d:
+def _as_convolution(normalize: Normalize) -> nn.Conv2d:
     mean, std = normalize.mean.double().flatten(), normalize.std.double().flatten()
-    if len(mean) == 1 and channels is not None:
-        mean, std = mean.expand(channels), std.expand(channels)
     dtype = normalize.mean.dtype
     # skip_init: the constructor would draw from the global generator.
     result = nn.utils.skip_init(nn.Conv2d, len(mean), len(mean), 1, device=mean.device, dtype=dtype)
@@ -159,14 +178,27 @@ def _add_biases(module: nn.Module) -> None:
             layer.bias = nn.Parameter(layer.weight.new_zeros(layer.weight.shape[0]))
 
 
-def _trace(module: nn.Module, image: Tensor, file: Path) -> None:
+def _written(module: nn.Module, image: Tensor) -> bytes:
+    try:
+        model = _canonical(onnx.load_model_from_string(_trace(module, image)))
+        onnx.checker.check_model(model, full_check=True)
+    except InputError:
+        raise
+    except Exception as error:  # whatever torch's exporter and onnx's checker object to
+        raise ExportError(f"the network cannot be written as ONNX: {' '.join(str(error).split())[:300]}") from error
+    return model.SerializeToString()
+
+
+def _trace(module: nn.Module, image: Tensor) -> bytes:
     # The exporter is deprecated, and says so at each call; the dynamo one writes what verifiers cannot read.
     with (
+        tempfile.TemporaryDirectory() as folder,  # whose name any library can take
         warnings.catch_warnings(),
         contextlib.redirect_stdout(io.StringIO()),
         contextlib.redirect_stderr(io.StringIO()),
     ):
         warnings.simplefilter("ignore")
+        file = Path(folder, "network.onnx")
         torch.onnx.export(
             module,
             (image,),
@@ -176,6 +208,7 @@ def _trace(module: nn.Module, image: Tensor, file: Path) -> None:
             input_names=["input"],
             output_names=["output"],
         )
+        return file.read_bytes()
 
 
 def _canonical(model: ModelProto) -> ModelProto:
@@ -237,23 +270,22 @@ def _write_out_padding(graph: GraphProto) -> None:
         node.CopyFrom(helper.make_node("Conv", list(node.input), list(node.output), name=node.name, **attributes))
 
 
-def _difference(original: nn.Module, file: Path, images: Tensor) -> float:
+def _difference(original: nn.Module, content: bytes, images: Tensor) -> float:
     options = onnxruntime.SessionOptions()
     options.log_severity_level = 3  # errors only
     options.intra_op_num_threads = 1
-    session = onnxruntime.InferenceSession(str(file), options, providers=["CPUExecutionProvider"])
+    session = onnxruntime.InferenceSession(content, options, providers=["CPUExecutionProvider"])
     with torch.no_grad():
         wanted = torch.cat([original(image[None]) for image in images])
     got = torch.cat([torch.from_numpy(session.run(["output"], {"input": image[None].numpy()})[0]) for image in images])
     if got.shape != wanted.shape:
-        raise RuntimeError(
-            f"ONNX Runtime gives {tuple(got.shape)} and torch {tuple(wanted.shape)}: {file.name} is not written"
-        )
-    difference = float((got - wanted).abs().max())
-    allowed = 1e-4 * max(1.0, float(wanted.abs().max()))
+        raise ExportError(f"ONNX Runtime gives {tuple(got.shape)} and torch {tuple(wanted.shape)}: no file is written")
+    # Logits that have outgrown float32 are the same where both are no finite numbers.
+    finite = wanted.isfinite() | got.isfinite()
+    difference = float((got - wanted)[finite].abs().max()) if bool(finite.any()) else 0.0
+    allowed = 1e-4 * max(1.0, float(wanted[finite].abs().max()) if bool(finite.any()) else 1.0)
     if not difference <= allowed:  # also refuses NaN
-        raise RuntimeError(
-            f"ONNX Runtime and torch differ by {difference:.3g} in a logit, {allowed:.3g} is allowed: "
-            f"{file.name} is not written"
+        raise ExportError(
+            f"ONNX Runtime and torch differ by {difference:.3g} in a logit, {allowed:.3g} is allowed: no file is written"
         )
     return difference

@@ -1,5 +1,6 @@
 """PGPE on EvoTorch's own class: fixed sigma and raw fitness, so that a step follows the smoothed loss's gradient."""
 
+import math
 import time
 from typing import Any
 
@@ -72,6 +73,8 @@ class PGPE(EvoTorchPGPE):
             raise InputError(
                 "num_interactions and popsize_max are for reinforcement learning: allowed is a fixed popsize"
             )
+        if not 0 < stdev_init < math.inf:
+            raise InputError(f"stdev_init={stdev_init}: allowed is a finite number over 0")
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(

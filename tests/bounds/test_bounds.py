@@ -239,25 +239,25 @@ class TestTiles:
     def setup_method(self):
         torch.manual_seed(0)
         self.network = read_network(cnn3((1, 28, 28), 10, mean=[0.1], std=[0.3], width=16), (1, 28, 28))
-        self.pair = BOUNDS["ibp"].floats_per_pair(self.network)
+        self.cost = BOUNDS["ibp"].cost(self.network, torch.device("cpu"))
 
     def test_stay_within_the_budget(self):
         for budget in (2**26, 2**28, 2**31):
-            tile = choose_tile(self.network, self.pair, 512, budget, torch.device("cpu"))
-            used = 4 * tile.members * (self.network.floats_per_member + tile.images * self.pair)
+            tile = choose_tile(self.cost, 512, budget, torch.device("cpu"))
+            used = 4 * tile.members * (self.cost.member + tile.images * self.cost.pair)
             assert used * worker_count() <= budget
             assert tile.images % LANES == 0
 
     def test_say_what_budget_would_do(self):
         with pytest.raises(ValueError, match=r"too small for one member and 16 images .* at least (\d+)MiB") as refused:
-            choose_tile(self.network, self.pair, 512, 2**20, torch.device("cpu"))
+            choose_tile(self.cost, 512, 2**20, torch.device("cpu"))
         enough = int(str(refused.value).split("at least ")[1].split("MiB")[0]) * 2**20
-        choose_tile(self.network, self.pair, 512, enough, torch.device("cpu"))
+        choose_tile(self.cost, 512, enough, torch.device("cpu"))
 
     def test_do_not_waste_on_small_minibatches(self):
-        tile = choose_tile(self.network, self.pair, 20, 2**31, torch.device("cuda"))
+        tile = choose_tile(self.cost, 20, 2**31, torch.device("cuda"))
         assert tile.images == 32
-        assert choose_tile(self.network, self.pair, 512, 2**31, torch.device("cuda")).members > 1
+        assert choose_tile(self.cost, 512, 2**31, torch.device("cuda")).members > 1
 
     def test_leave_threads_and_grad_mode_as_they_were(self, network, part):
         read = read_network(network, part.image_shape)
@@ -297,7 +297,7 @@ from evocert.networks import cnn3, flat_parameters
 module = cnn3((1, 28, 28), 10, mean=[0.1], std=[0.3], width=16)
 network, bound = read_network(module, (1, 28, 28)), BOUNDS["ibp"]
 parameters, images = flat_parameters(module).repeat(32, 1), torch.rand(64, 1, 28, 28)
-tile = choose_tile(network, bound.floats_per_pair(network), 64, {budget} * 2**20, torch.device("cpu"))
+tile = choose_tile(bound.cost(network, torch.device('cpu')), 64, {budget} * 2**20, torch.device("cpu"))
 peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 with torch.no_grad():
     network.logits(parameters[:1], images[:1])  # libraries load what they need

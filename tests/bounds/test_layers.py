@@ -5,7 +5,8 @@ import torch
 from torch import nn
 
 from evocert.bounds import BOUNDS, Tile, box_around, layers, read_network
-from evocert.bounds.layers import BoundConvolution, BoundDense, dense_product
+from evocert.bounds.affine import BoundDense, dense_product
+from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.margins import class_pairs
 from evocert.networks import flat_parameters, with_parameters
 
@@ -45,7 +46,7 @@ def test_a_convolution_and_its_magnitude(convolution, dtype, shared, lowering, m
     lower_as(monkeypatch, lowering)
     features = convolution(torch.zeros(1, *SHAPE)).numel()
     network, parameters = population(nn.Sequential(convolution, nn.Flatten(), nn.Linear(features, 2)), SHAPE, 3, dtype)
-    bound = network.bind(parameters).bound[0]
+    bound = network.bind(parameters).nodes[0]
     assert isinstance(bound, BoundDense if lowering == "dense" else BoundConvolution)
     x = torch.rand(1 if shared else 3, 4, *SHAPE, generator=torch.Generator().manual_seed(1), dtype=torch.float64).to(
         dtype
@@ -129,8 +130,8 @@ def test_bits_of_a_convolution_do_not_depend_on_the_members_place(dtype, monkeyp
     network, parameters = population(module, (3, 11, 11), 2, dtype)
     x = torch.rand(1, 16, 3, 11, 11, generator=torch.Generator().manual_seed(0), dtype=torch.float64).to(dtype)
     for name in ("affine", "magnitude"):
-        there = getattr(network.bind(parameters).bound[0], name)(x)
-        swapped = getattr(network.bind(parameters.flip(0)).bound[0], name)(x)
+        there = getattr(network.bind(parameters).nodes[0], name)(x)
+        swapped = getattr(network.bind(parameters.flip(0)).nodes[0], name)(x)
         assert torch.equal(there, swapped.flip(0))
 
 
