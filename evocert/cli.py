@@ -30,6 +30,14 @@ app = typer.Typer(
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; one line of results at the end.")]
 
 
+def _whole_number(text: str | int) -> int:
+    """As the parser's own, but its complaint names the value."""
+    try:
+        return int(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, allowed is a whole number") from None
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"evocert {evocert.__version__}")
@@ -94,8 +102,10 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME", help="May be repeated.  [default: ibp, crown-ibp, deeppoly and deeppoly-sparse]"),
     ] = None,
-    members: Annotated[int, typer.Option(metavar="P", help="Networks in the population.")] = 16,
-    images: Annotated[int, typer.Option(metavar="B", help="Images that each of them is bounded on.")] = 32,
+    members: Annotated[int, typer.Option(parser=_whole_number, metavar="P", help="Networks in the population.")] = 16,
+    images: Annotated[
+        int, typer.Option(parser=_whole_number, metavar="B", help="Images that each of them is bounded on.")
+    ] = 32,
     weights: Annotated[
         str, typer.Option(metavar="random|ibp", help="Fresh for each member, or close around ones trained by IBP.")
     ] = "random",
@@ -112,7 +122,7 @@ def bench(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where mnist is, if not in EVOCERT_DATA.")
     ] = None,
-    repeats: Annotated[int, typer.Option(metavar="N", help="How often each call is timed.")] = 5,
+    repeats: Annotated[int, typer.Option(parser=_whole_number, metavar="N", help="How often each call is timed.")] = 5,
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
 ) -> None:
@@ -211,8 +221,8 @@ def _failure(error: Exception) -> int:
     from evocert.bench import BenchFailed, BenchStopped
     from evocert.bounds import UnsupportedLayer
     from evocert.evaluation import ContradictionError
-    from evocert.problem import NonFiniteFitnessError
     from evocert.export.onnx import ExportError
+    from evocert.problem import NonFiniteFitnessError
     from evocert.training import Interrupted, Unwritable
 
     if isinstance(error, UnsupportedLayer):

@@ -1,5 +1,6 @@
 """``evocert bench``: how fast the bounds are, how far from their floor, and how much faster than other ways to have them."""
 
+import os
 from dataclasses import asdict, dataclass, field
 from datetime import UTC, datetime
 from functools import partial
@@ -19,9 +20,8 @@ from evocert.runs import Run, environment
 from evocert.settings import plain
 
 LOOP_MEMBERS = 3  # on which the plain loop is timed
-LOOP_IMAGES = (
-    4  # likewise, where it back-substitutes neurons: what an image takes does not depend on how many there are
-)
+LOOP_IMAGES = 4  # likewise, where it back-substitutes neurons: its time for an image was no less on eight
+SAMPLE = (4, 32)  # members and images on which undecided neurons are counted
 LOOP_SECONDS = 4.0  # after which it begins no further member
 AGREES = 1e-4  # relative to the largest bound where that is over 1
 
@@ -78,6 +78,7 @@ def _report(settings: Settings, show: Show) -> dict[str, Any]:
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "environment": environment(device, torch.get_num_threads()),
         "settings": plain(asdict(settings)),
+        "load": os.getloadavg()[0],
         "multiply_adds_per_second": floor.matrix_rate(device),
         "auto_lirpa": None if lirpa.is_there() else lirpa.ABSENT,
         "networks": [],
@@ -162,7 +163,7 @@ class _Bench:
             peak = str(error)
         open_shares = None
         if bound == "deeppoly-sparse":
-            sample = work.part(4, len(work.labels))
+            sample = work.part(*SAMPLE)
             open_shares = floor.undecided(sample.network, sample.parameters, box_around(sample.images, work.eps))
         operations = floor.operations(work.network, bound, open_shares)
         at_rate = 1e3 * operations / self.rate
@@ -201,11 +202,13 @@ class _Bench:
 
         theirs, ours = member(some.parameters[0]), margins[0, : len(some.labels)]
         calls = [partial(member, weights) for weights in some.parameters] * self.repeats
-        time = 1e3 * measure.median_within(calls, self.device, LOOP_SECONDS) / len(some.labels)
+        times = measure.within(LOOP_SECONDS, calls, self.device)
+        time = 1e3 * median(times) / len(some.labels)
         difference = float((theirs - ours).abs().max())
         return {
             "members": len(some.parameters),
             "images": len(some.labels),
+            "seconds": times,
             "milliseconds": time,
             "ratio": time / own,
             "largest_difference": difference,
@@ -236,7 +239,7 @@ class _Bench:
             "version": found["version"],
             "members": found["members"],
             **parts,
-            "milliseconds_by_chunk": found["milliseconds_by_chunk"],
+            "seconds_by_chunk": found["seconds_by_chunk"],
             "largest_difference": difference,
         }
 
@@ -246,14 +249,14 @@ class _Bench:
         some = self.work.part(lirpa.MEMBERS, images)
         chunks = [images, *(chunk for chunk in lirpa.CHUNKS if chunk < images)]
         found = fresh.auto_lirpa(some, method, chunks, self.repeats, self.device)
-        times = {int(chunk): 1e3 * seconds for chunk, seconds in found["seconds"].items()}
+        times = {int(chunk): 1e3 * median(seconds) / images for chunk, seconds in found["seconds"].items()}
         best = min(chunks[1:] or chunks, key=lambda chunk: times[chunk])
         again = fresh.auto_lirpa(some, method, [best], 1, self.device) if best != images else found
         return {
             "version": found["version"],
             "members": len(some.parameters),
             "margins": found["margins"],
-            "milliseconds_by_chunk": times,
+            "seconds_by_chunk": found["seconds"],
             "all_images": {"images": images, "milliseconds": times[images], "peak": found["peak"]},
             "best_chunk": {"images": best, "milliseconds": times[best], "peak": again["peak"]},
         }

@@ -3,6 +3,9 @@
 Xu et al. 2020, arXiv:2002.12920; https://github.com/Verified-Intelligence/auto_LiRPA. It is given what serves it best:
 patches for convolutions, the adaptive slope, one bounded module for all members, whose weights are exchanged in place, and
 the normalisation applied to the box instead of the network, where it would cost a back-substitution more.
+
+Its CROWN back-substitutes, by default, the neurons that IBP leaves undecided for some image of those at once, and keeps IBP's
+intervals for the others. That is between "deeppoly" and "deeppoly-sparse", and depends on the batch.
 """
 
 import importlib.util
@@ -12,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from evocert.bench.measure import median_within, peak
+from evocert.bench.measure import peak, within
 from evocert.bench.work import Work
 from evocert.bounds import box_around
 from evocert.bounds.margins import difference_rows
@@ -23,8 +26,8 @@ CHUNKS = (1, 2, 8)  # images at once, beside all of them
 MEMBERS = 3  # on which it is timed
 SECONDS = 4.0  # after which no further member is begun
 ABSENT = (
-    "auto_LiRPA cannot be imported, so it has no columns: for those, put its public source (github.com/Verified-Intelligence/"
-    "auto_LiRPA; the 0.3 on PyPI is too old) and what that imports on PYTHONPATH"
+    "auto_LiRPA cannot be imported, so it has no columns; to have them put what it imports and its source on\n"
+    "  PYTHONPATH (github.com/Verified-Intelligence/auto_LiRPA; the 0.3 on PyPI is too old)"
 )
 
 
@@ -81,19 +84,19 @@ def measured(work: Work, method: str, chunks: list[int], repeats: int) -> dict[s
         repeats: how often each member is timed.
 
     Returns:
-        ``version``; ``peak`` in bytes; ``seconds`` for one network and image with each of the chunks;
-        ``margins``, the first member's bounds ``[B, M]`` with the first of them.
+        ``version``; ``peak`` in bytes; ``seconds``, of a member, several with each of the chunks; ``margins``, the bounds
+        ``[B, M]`` of the first member with the first of them.
     """
     import auto_LiRPA
 
     device, first = work.images.device, work.parameters[0]
     population = _Population(work, method, chunks[0])
-    found = peak(lambda: population.margins(first), device)
+    found = peak(lambda: [population.margins(weights) for weights in work.parameters], device)
     margins, seconds = population.margins(first), {}
     for chunk in chunks:
         if chunk != chunks[0]:
             population = _Population(work, method, chunk)
             population.margins(first)
         calls = [partial(population.margins, weights) for weights in work.parameters] * repeats
-        seconds[chunk] = median_within(calls, device, SECONDS) / len(work.labels)
+        seconds[chunk] = within(SECONDS, calls, device)
     return {"version": auto_LiRPA.__version__, "peak": found, "seconds": seconds, "margins": margins.tolist()}

@@ -1,8 +1,8 @@
 """Clocks, and what a call takes of memory."""
 
 import contextlib
+import ctypes
 import resource
-import statistics
 import sys
 import time
 from collections.abc import Callable, Sequence
@@ -67,13 +67,13 @@ def rounds(calls: Sequence[Call], device: torch.device, repeats: int) -> list[li
     return list(map(list, zip(*([seconds(call, device) for call in calls] for _ in range(repeats)), strict=True)))
 
 
-def median_within(calls: Sequence[Call], device: torch.device, limit: float) -> float:
-    """Median seconds of calls that do the same work, as many of them as begin before ``limit`` seconds are over."""
+def within(limit: float, calls: Sequence[Call], device: torch.device) -> list[float]:
+    """Seconds of each of some calls; those that would begin after ``limit`` seconds are left out, but for the first."""
     found: list[float] = []
     for call in calls:
-        if sum(found) < limit:
+        if not found or sum(found) < limit:
             found.append(seconds(call, device))
-    return statistics.median(found)
+    return found
 
 
 # Memory
@@ -82,8 +82,10 @@ def median_within(calls: Sequence[Call], device: torch.device, limit: float) -> 
 def peak(call: Call, device: torch.device) -> int:
     """Bytes that a call takes above the level before it: on CUDA of what torch allocates there, else of the process.
 
-    For a process that has not made such a call yet: memory that one has given back to the allocator would not count.
+    For a process that has not made such a call yet.
     """
+    with contextlib.suppress(OSError, AttributeError):  # what the allocator of glibc only holds in reserve
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
     level = _level(device)
     _forget_peak(device)
     call()

@@ -8,18 +8,19 @@ from rich.table import Table
 from rich.text import Text
 
 WIDTH = 100
+BUSY = 0.4  # other processes for each thread, from which on ratios are not to be trusted
 LEGEND = """\
 per s, ms: network-images, median; the whole population at once, in the tiles that evocert chooses
-passes: time over that of a forward pass of the same population, in turn with it; two are ibp's floor
+passes: time over that of a forward pass of the same population, in the same run; ibp's floor is 2
 MiB: what a call takes, above the level before it, in a fresh process
-M ops: million multiply-adds that the structured algorithm needs for a network-image (evocert/bench/floor.py)
+M ops: million multiply-adds that the structured algorithm needs for a network-image
 of floor: what share of ms these would take at the rate of the large product
-loop: one network after another, dense coefficients on whole maps, on so many members and images;
-  off by: its largest difference from our bounds
-x: their time over ours, by network-image"""
+loop: one network after another, dense coefficients on whole maps, on so many members and images
+x: their time over ours, by network-image; off by: their largest difference from our bounds"""
 LIRPA = """\
-auto_LiRPA {version}: one network after another, on {members} members; the same images and threads; first with all images
-  at once, then with the best of 1, 2 and 8 at once"""
+auto_LiRPA {version}: one network after another, on {members} members; the same images and threads;
+  first all images at once, then the best of 1, 2 and 8 at once; its CROWN is off by more, since it
+  keeps IBP's intervals where they decide a neuron for all images at once"""
 
 
 class Tables:
@@ -46,12 +47,18 @@ class Tables:
             self._live = None
 
     def header(self, report: dict[str, Any]) -> None:
-        made, rate = report["environment"], report["multiply_adds_per_second"]
+        made, rate, load = report["environment"], report["multiply_adds_per_second"], report["load"]
         self._print(
             f"evocert {made['evocert']} bench, {report['date']}\n"
             f"{made['device']}, {made['threads']} threads; torch {made['torch']}, Python {made['python']}\n"
-            f"rate of a large float32 product: {_number(rate / 1e9)} thousand million multiply-adds a second"
+            f"rate of a large float32 product: {_number(rate / 1e9)} thousand million multiply-adds a second\n"
+            f"load average before: {load:.1f}"
         )
+        if load > BUSY * made["threads"]:
+            self._print(
+                "the machine is busy: threads that share an operation, as the loops' do, wait for each other then, and\n"
+                "lose far more than tiles of one thread each; ratios to the loops come out too high"
+            )
 
     def network(self, found: dict[str, Any]) -> None:
         rows = found["bounds"]
@@ -98,7 +105,7 @@ def _own(rows: list[dict[str, Any]]) -> Table:
 
 
 def _loop(rows: list[dict[str, Any]]) -> Table:
-    table = _table("loop: ms", "x", "members", "images", "off by")
+    table = _table("loop ms", "x", "members", "images", "off by")
     for row in rows:
         if loop := row["loop"]:
             times = _number(loop["milliseconds"]), _number(loop["ratio"])
@@ -108,7 +115,7 @@ def _loop(rows: list[dict[str, Any]]) -> Table:
 
 
 def _auto_lirpa(rows: list[dict[str, Any]]) -> Table:
-    table = _table("auto_LiRPA: ms", "x", "MiB", "best at", "ms", "x", "MiB")
+    table = _table("auto_LiRPA ms", "x", "MiB", "best at", "ms", "x", "MiB", "off by")
     for row in rows:
         theirs = row["auto_lirpa"]
         if theirs and "failed" not in theirs:
@@ -116,7 +123,8 @@ def _auto_lirpa(rows: list[dict[str, Any]]) -> Table:
                 [_number(part["milliseconds"]), _number(part["ratio"]), _memory(part["peak"])]
                 for part in (theirs["all_images"], theirs["best_chunk"])
             )
-            table.add_row(row["bound"], *every, str(theirs["best_chunk"]["images"]), *best)
+            chunk, difference = theirs["best_chunk"]["images"], theirs["largest_difference"]
+            table.add_row(row["bound"], *every, str(chunk), *best, f"{difference:.0e}")
     return table
 
 
@@ -127,7 +135,7 @@ def _remarks(rows: list[dict[str, Any]]) -> list[str]:
         name, peak, loop, theirs = row["bound"], row["peak"], row["loop"], row["auto_lirpa"]
         if row["undecided"] is not None:
             shares = ", ".join(f"{100 * share:.0f} %" for share in row["undecided"])
-            found.append(f"{name}: undecided by an interval of one layer, activation by activation: {shares}")
+            found.append(f"{name}: undecided by one layer's interval, in order: {shares}")
         if isinstance(peak, str):
             found.append(f"{name}: its memory could not be measured: {peak}")
         if loop and not loop["agrees"]:

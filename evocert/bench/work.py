@@ -38,7 +38,7 @@ RANDOM_IMAGES = 10_000
 CLASSES = 10
 
 # Gradient IBP for --weights ibp: as the field trains, but short (a minute or two on two cores).
-STEPS = 2000
+STEPS = 1500
 BATCH = 128
 LEARNING_RATE = 2e-3
 RADIUS = Schedule("smooth", 0.0, 0.6, first=0.0)  # of eps, over the training

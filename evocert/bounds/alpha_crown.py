@@ -25,10 +25,11 @@ def margins(members: Members, box: Box, labels: Tensor, *, steps: int = STEPS) -
 
     ``steps``: how often the slopes are improved; 0 gives DeepPoly's bounds.
     """
-    with torch.no_grad():
-        plain = Members(members.network, members.parameters.detach())
-        boxed = Box(box.lower.detach(), box.upper.detach())
-        highest, slopes = _ascended(plain, boxed, labels, steps)
+    # Copies, since what was made in inference mode has no gradient, and nothing that is made in it.
+    with torch.inference_mode(False), torch.no_grad():
+        plain = Members(members.network, members.parameters.detach().clone())
+        boxed = Box(box.lower.detach().clone(), box.upper.detach().clone())
+        highest, slopes = _ascended(plain, boxed, labels.clone(), steps)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (members.parameters, *box))):
         return highest
     centre = backward.Centre.of(members, box)

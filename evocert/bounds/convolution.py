@@ -10,7 +10,7 @@ from torch.autograd.function import once_differentiable
 
 from evocert.bounds.affine import Affine
 from evocert.bounds.rows import Rows
-from evocert.bounds.windows import Window
+from evocert.bounds.windows import Window, framed
 
 if TYPE_CHECKING:
     from evocert.bounds.layers import Conv2d
@@ -155,17 +155,24 @@ class BoundConvolution(Affine):
         return new.reshape(members, *terms.shape[1:4], height, below.kernel[1], self.input_shape[0])
 
     def _strip(self, columns: int, columns_below: int) -> Tensor:
-        """The matrix of ``_composed`` for cells that are ``columns`` wide. Made once a member."""
-        if columns not in self._strips:
-            kernels = self._all_channels().permute(0, 1, 3, 4, 2)  # [P, C, k, k, C']
-            members, channels, taps, width, channels_below = kernels.shape
-            matrix = kernels.new_zeros(members, columns, channels, taps, columns_below, channels_below)
-            stride, dilation = self.layer.stride[1], self.layer.dilation[1]
-            for column in range(columns):
-                first = column * stride
-                matrix[:, column, ..., first : first + (width - 1) * dilation + 1 : dilation, :] = kernels
-            self._strips[columns] = matrix.flatten(3).flatten(1, 2)
-        return self._strips[columns]
+        """The matrix of ``_composed`` for cells that are ``columns`` wide: made once a member, but for gradients each time.
+
+        A chunk's graph is thrown away and made again (see ``backward``), so what is in it must not outlive the chunk.
+        """
+        recorded = torch.is_grad_enabled() and self.kernels.requires_grad
+        if not recorded and columns in self._strips:
+            return self._strips[columns]
+        kernels = self._all_channels().permute(0, 1, 3, 4, 2)  # [P, C, k, k, C']
+        members, channels, taps, width, channels_below = kernels.shape
+        matrix = kernels.new_zeros(members, columns, channels, taps, columns_below, channels_below)
+        stride, dilation = self.layer.stride[1], self.layer.dilation[1]
+        for column in range(columns):
+            first = column * stride
+            matrix[:, column, ..., first : first + (width - 1) * dilation + 1 : dilation, :] = kernels
+        strip = matrix.flatten(3).flatten(1, 2)
+        if not recorded:
+            self._strips[columns] = strip
+        return strip
 
     def _transposed(self, terms: Tensor) -> Tensor:
         """Coefficients on the whole output ``[1 or P, I, L, Q, H, W, C]`` -> on the whole input."""
@@ -179,7 +186,7 @@ class BoundConvolution(Affine):
             )  # of one position: the map with its padding, up to where the last kernel reaches
             new = self._composed(terms, whole, below)
             bottom, right = height + top - below.kernel[0], width + left - below.kernel[1]
-            return F.pad(new, (0, 0, -left, right, -top, bottom))
+            return framed(new, (-left, right, -top, bottom))
         flat = terms.flatten(1, 3)  # [1 or P, R, H, W, C]
         flat = flat.expand(self.members, *flat.shape[1:])
         # [R, P * C, H, W], with channels innermost in memory where there is one member: that is the fastest order.

@@ -71,7 +71,7 @@ class Window:
         (top, bottom), (left, right) = (
             (-o, o + n - h) for o, n, h in zip(self.offset, needed, maps.shape[-2:], strict=True)
         )
-        maps = F.pad(maps.movedim(-3, -1), (0, 0, left, right, top, bottom)).contiguous()  # a negative padding crops
+        maps = framed(maps.movedim(-3, -1), (left, right, top, bottom)).contiguous()
         pieces = maps.unfold(-3, self.kernel[0], self.stride[0]).unfold(-3, self.kernel[1], self.stride[1])
         first = pieces.ndim - 5  # [..., rows, columns, C, kernel rows, kernel columns]
         order = [*range(first), first, first + 1, first + 3, first + 4, first + 2]
@@ -84,6 +84,17 @@ class Window:
     def places(self, shape: tuple[int, int, int], device: torch.device) -> Tensor:
         """For each entry of each cell its place in the map as a cell, ``[H * W * C]``, or that size beyond it: ``[L, K]``."""
         return _places(self, shape, device)
+
+
+def framed(maps: Tensor, border: tuple[int, int, int, int]) -> Tensor:
+    """Maps ``[..., H, W, C]`` with a border of zeros (left, right, top, bottom); a negative one crops.
+
+    torch's own crops first, and refuses to crop more than there is: of a map whose window lies wholly in the padding.
+    """
+    left, right, top, bottom = border
+    maps = F.pad(maps, (0, 0, *(max(n, 0) for n in border)))
+    height, width = maps.shape[-3:-1]
+    return maps[..., max(-top, 0) : height - max(-bottom, 0), max(-left, 0) : width - max(-right, 0), :]
 
 
 @lru_cache(maxsize=64)

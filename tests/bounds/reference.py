@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from evocert.modules import Normalize, Residual
+from evocert.networks import with_parameters
 
 AFFINE = (Normalize, nn.Conv2d, nn.Linear, nn.BatchNorm2d, nn.AvgPool2d, nn.ConstantPad2d, nn.Flatten)
 NOTHING = (nn.Identity, nn.Dropout, nn.Dropout2d)
@@ -43,6 +44,16 @@ def margins(bound: str, module: nn.Module, lower: Tensor, upper: Tensor, label: 
     if bound == "deeppoly-intersect":
         found = torch.maximum(found, Reference(module, lower, upper, *SETTINGS["ibp"]).propagated_margins(label))
     return found, reference.closest
+
+
+def nearest_tie(bound: str, module: nn.Module, parameters: Tensor, box: tuple[Tensor, Tensor], labels: Tensor) -> float:
+    """The distance from the next tie of any of some members ``[P, D]`` and images ``[B, ...]``."""
+    distances = [
+        margins(bound, with_parameters(module.double(), member.double()), low, high, label)[1]
+        for member in parameters
+        for low, high, label in zip(*box, labels.tolist(), strict=True)
+    ]
+    return min(distances)
 
 
 @dataclass
@@ -135,7 +146,7 @@ class Reference:
         return lower, upper
 
     def substituted(self, at: int, rows: Tensor) -> Tensor:
-        """The least values of ``rows @ values`` of a step, ``[R]``: all steps before it replaced by their lines, then the box."""
+        """The least values of ``rows @ values`` of a step, ``[R]``: all steps before it by their lines, then the box."""
         terms, constant = {at: rows}, torch.zeros(len(rows), dtype=torch.float64)
         for number in range(at, 0, -1):
             if number not in terms:

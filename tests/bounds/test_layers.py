@@ -70,7 +70,7 @@ def description(convolution):
     return {name: getattr(convolution, name) for name in names} | {"bias": convolution.bias is not None}
 
 
-@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("bound", ["ibp", "crown-ibp", "deeppoly-sparse"])  # all of them: test_gradients
 @pytest.mark.parametrize("lowering", ["dense", "grouped"])
 @pytest.mark.parametrize("tile", [None, Tile(1, 2), Tile(2, 3)])
 def test_gradients(bound, lowering, tile, monkeypatch):

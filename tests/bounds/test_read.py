@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from evocert.bounds import UnsupportedLayer, read_network
-from evocert.modules import Normalize
+from evocert.modules import Normalize, Residual
 from evocert.networks import flat_parameters
 
 SHAPE = (2, 6, 5)
@@ -27,6 +27,17 @@ class Module(nn.Module):
         self.conv = nn.Conv2d(2, 3, 3)
         self.norm = Normalize([0.2, 0.4], [0.5, 0.3])
         self.bn = nn.BatchNorm2d(3)
+        self.bn.running_mean.uniform_()
+        self.bn.running_var.uniform_(0.5, 2)
+        self.stateless = nn.BatchNorm2d(3, track_running_stats=False)
+        self.pool = nn.AvgPool2d((2, 1), stride=(1, 2), padding=(1, 0))
+        self.few = nn.Linear(3 * 4 * 1, 8)
+        self.pad = nn.ConstantPad2d((1, 0, 2, -1), 0.3)
+        self.many = nn.Linear(3 * 5 * 4, 8)
+        inner = Residual(nn.Sequential(nn.Conv2d(2, 2, 3, padding=1), nn.ReLU(), nn.Conv2d(2, 2, 1)))
+        self.block = Residual(nn.Sequential(inner, nn.Tanh()), nn.Conv2d(2, 2, 1))
+        self.uneven = Residual(nn.Conv2d(2, 3, 3), nn.Conv2d(2, 3, 1))
+        self.odd = Residual(nn.Sequential(nn.Conv2d(2, 2, 1), nn.Softmax2d()))
         self.weight = nn.Parameter(torch.randn(8, 8))
         self._run = forward
 
@@ -53,6 +64,14 @@ SUPPORTED = {
     "dropout by keyword": lambda m, x: m.last(F.dropout(m.first(m.conv(x).flatten(1)), training=False)),
     "view to a number": lambda m, x: m.last(m.first(m.conv(x).view(-1, 36))),
     "other activations": lambda m, x: m.last(torch.tanh(m.first(F.leaky_relu(m.conv(x), 0.3).flatten(1))).sigmoid()),
+    "batch norm": lambda m, x: m.last(m.first(m.bn(m.conv(x)).flatten(1))),
+    "pooling": lambda m, x: m.last(m.few(m.pool(F.max_pool2d(m.conv(x), 2, 1)).flatten(1))),
+    "average pooling of what is there": lambda m, x: m.last(
+        m.first(F.avg_pool2d(m.conv(x), 3, 1, 1, count_include_pad=False).flatten(1))
+    ),
+    "padding": lambda m, x: m.last(m.many(m.conv(m.pad(x)).flatten(1))),
+    "clamp": lambda m, x: m.last(m.first(m.conv(x).flatten(1)).clamp(-0.1, max=0.2)),
+    "residual": lambda m, x: relu_flat(m, m.block(x)),
     "hardtanh": lambda m, x: m.last(F.hardtanh(m.first(m.conv(x).flatten(1)), -0.1, 0.2)),
     "dropout as in eval": lambda m, x: m.last(F.dropout(m.first(m.conv(x).flatten(1)), 0.5, m.training)),
     "two layers of one kind": lambda m, x: relu_flat(m, m.same(x).relu()),
@@ -99,11 +118,22 @@ REFUSED = {
         lambda m, x: relu_flat(m, m.same(x)) + x.flatten(1)[:, :3],
         "a connection that leaves the chain",
     ),
-    "batch norm": (
-        lambda m, x: m.last(m.first(m.bn(m.conv(x)).flatten(1))),
-        "BatchNorm2d at 'bn'.*supported are .*Conv2d",
+    "batch norm without statistics": (
+        lambda m, x: m.last(m.first(m.stateless(m.conv(x)).flatten(1))),
+        "BatchNorm2d at 'stateless'.*track_running_stats=False",
     ),
-    "pooling": (lambda m, x: relu_flat(m, F.max_pool2d(x, 1)), "max_pool2d"),
+    "instance norm": (
+        lambda m, x: m.last(m.first(F.instance_norm(m.conv(x)).flatten(1))),
+        "instance_norm.*supported are .*Conv2d",
+    ),
+    "pooling with a ceiling": (lambda m, x: relu_flat(m, F.max_pool2d(x, 1, ceil_mode=True)), "ceil_mode=True"),
+    "a mean by another number": (
+        lambda m, x: relu_flat(m, F.avg_pool2d(x, 1, divisor_override=2)),
+        "divisor_override=2",
+    ),
+    "a clamp with one end": (lambda m, x: m.last(m.first(m.conv(x).flatten(1)).clamp(min=0)), "clamp with one end"),
+    "a residual block of two shapes": (lambda m, x: m.last(m.first(m.uneven(x).flatten(1))), "Residual at 'uneven'"),
+    "a layer in a block": (lambda m, x: relu_flat(m, m.odd(x)), "Softmax2d at 'odd.body.1'"),
     "softmax": (lambda m, x: F.softmax(relu_flat(m, x), 1), "softmax"),
     "arithmetic": (lambda m, x: relu_flat(m, (x - 0.5) / 0.3), "sub"),
     "product": (lambda m, x: relu_flat(m, x * 2), "mul"),
@@ -174,7 +204,7 @@ class Restless(nn.Module):
         ),
         (nn.Sequential(nn.Flatten(), nn.Flatten(2), nn.Linear(60, 2)), r"Flatten at '1' cannot take .* \[60\]"),
         (nn.Sequential(nn.ConvTranspose2d(2, 3, 3), nn.Flatten(), nn.Linear(168, 2)), "ConvTranspose2d at '0'"),
-        (nn.Sequential(nn.MaxPool2d(2), nn.Flatten(), nn.Linear(12, 2)), "MaxPool2d at '0'"),
+        (nn.Sequential(nn.AdaptiveMaxPool2d((3, 2)), nn.Flatten(), nn.Linear(12, 2)), "AdaptiveMaxPool2d at '0'"),
         (nn.Sequential(nn.Conv1d(2, 3, 3)), "Conv1d at '0'"),
         (nn.Sequential(nn.Flatten(), nn.LazyLinear(2)), "cannot be copied"),
         (nn.Sequential(nn.Flatten(), nn.Linear(60, 2, device="meta")), "cannot be copied"),

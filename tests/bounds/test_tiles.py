@@ -39,7 +39,7 @@ def test_each_pair_is_where_it_belongs(grad, members, images, tile):
 
 @settings(max_examples=25, deadline=None, derandomize=True)
 @given(tile=st.tuples(st.integers(1, 6), st.integers(1, 12)))
-@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("bound", ["ibp", "crown-ibp", "deeppoly-sparse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_gradient_knows_no_padding(dtype, bound, tile):
     torch.manual_seed(0)
@@ -95,7 +95,7 @@ def cases(draw):
 
 @settings(max_examples=15, deadline=None, derandomize=True)
 @given(case=cases())
-@pytest.mark.parametrize("bound", BOUNDS)
+@pytest.mark.parametrize("bound", ["ibp", "crown-ibp", "deeppoly-sparse"])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("dense_size", [0, 10**6])
 def test_bits_of_a_member_depend_on_nothing_else(dense_size, dtype, bound, case):
