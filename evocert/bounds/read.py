@@ -109,8 +109,7 @@ class _Reader:
             graph = _Tracer().trace(self.module)
         except Exception as error:  # whatever the user's forward does under tracing
             raise UnsupportedLayer(
-                f"{type(self.module).__name__}{self.inside and f' at {self.inside!r}'} cannot be traced ({_one_line(error)}): "
-                "its forward must call layers in a fixed order"
+                f"{self._what} cannot be traced ({_one_line(error)}): its forward must call layers in a fixed order"
             ) from error
         for node in graph.nodes:
             self.read(node)
@@ -146,12 +145,13 @@ class _Reader:
             features = [math.prod(self.shape)]
             if not ((first in self.sizes and rest in ([-1], features)) or (first == -1 and rest == features)):
                 self._refuse(f"{name}{tuple(sizes)} at {node.name!r}", "allowed is (x.size(0), -1), that is, a flatten")
-            self._layer(nn.Flatten(), node.name)
+            self._layer(nn.Flatten(), self._place(node.name))
         elif name == "dropout" and node.kwargs.get("training", (*node.args, True, True, True)[2]) is False:
             return
         elif (kind := FUNCTIONS.get(node.target)) is not None:
             kwargs = {RENAMED.get(k, k): v for k, v in node.kwargs.items() if k not in ("inplace", "input")}
-            if name == "clamp" and len(node.args) + len(kwargs) < 3:
+            given = (*node.args, *kwargs.values())
+            if name == "clamp" and (len(given) < 3 or None in given):
                 self._refuse(f"clamp with one end at {node.name!r}", "allowed is clamp(low, high)")
             if kind is nn.Flatten and len(node.args) == 1:
                 kwargs = {"start_dim": 0, **kwargs}  # the module's own default is 1
@@ -159,7 +159,7 @@ class _Reader:
                 stand_in = kind(*node.args[1:], **kwargs)
             except Exception as error:  # whatever the module objects to
                 self._refuse(f"{name} at {node.name!r}", _one_line(error))
-            self._layer(stand_in, node.name)
+            self._layer(stand_in, self._place(node.name))
         else:
             self._refuse(f"the call {name} at {node.name!r}", f"supported are the layers {_supported()}")
 
@@ -191,17 +191,28 @@ class _Reader:
             output = module.double()(torch.zeros(1, *self.shape, dtype=torch.float64))
         except Exception as error:  # whatever the layer objects to
             raise UnsupportedLayer(
-                f"{type(self.module).__name__}: {type(module).__name__} at {place!r} cannot take an input of shape "
+                f"{self._what}: {type(module).__name__} at {place!r} cannot take an input of shape "
                 f"{list(self.shape)}: {_one_line(error)}"
             ) from error
+        if not isinstance(output, torch.Tensor):
+            self._refuse(f"{type(module).__name__} at {place!r} that gives several tensors", "allowed is one")
         output_shape = tuple(output.shape[1:])
         layer = READERS[type(module)](Call(module, place, self.shape, output_shape, self.offsets))
         if layer is not None:
             self.layers.append(layer)
         self.shape = output_shape
 
+    def _place(self, name: str) -> str:
+        return f"{self.inside}.{name}" if self.inside else name
+
     def _refuse(self, what: str, allowed: str) -> NoReturn:
-        raise UnsupportedLayer(f"unsupported in {type(self.module).__name__}: {what}; {allowed}")
+        raise UnsupportedLayer(f"unsupported in {self._what}: {what}; {allowed}")
+
+    @property
+    def _what(self) -> str:
+        if not self.inside:
+            return type(self.module).__name__
+        return f"{type(self.module.get_submodule('0')).__name__} at {self.inside!r}"
 
 
 def _supported() -> str:

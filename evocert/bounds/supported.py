@@ -3,6 +3,7 @@
 A new kind of layer is a function here that says what it is in ``layers``, and one line in ``MODULES``.
 """
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
@@ -131,7 +132,6 @@ def _avg_pool(call: Call) -> Layer:
 def _max_pool(call: Call) -> Layer:
     pool: Any = call.module
     call.need(not pool.ceil_mode, "ceil_mode=True, allowed is False")
-    call.need(not pool.return_indices, "return_indices=True, allowed is False")
     call.need(len(call.shape) == 3, "allowed is [C, H, W]")
     kernel, stride, padding, dilation = (_pair(v) for v in (pool.kernel_size, pool.stride, pool.padding, pool.dilation))
     return MaxPool2d(*call.common, kernel, stride, padding, dilation)
@@ -140,7 +140,9 @@ def _max_pool(call: Call) -> Layer:
 def _pad(call: Call) -> Layer:
     pad: Any = call.module
     call.need(len(call.shape) == 3, "allowed is [C, H, W]")
-    return Pad(*call.common, tuple(pad.padding), float(getattr(pad, "value", 0.0)))
+    value = float(getattr(pad, "value", 0.0))
+    call.need(math.isfinite(value), f"value={value}, allowed is finite")
+    return Pad(*call.common, tuple(pad.padding), value)
 
 
 def _nothing(call: Call) -> None:

@@ -305,6 +305,46 @@ def test_maximum_pooling_behind_a_relu_does_not_leave_its_choice_to_rounding(bou
     torch.testing.assert_close(whole, exact.float(), rtol=1e-5, atol=1e-5)
 
 
+class TestBadInput:
+    network = read_network(nn.Sequential(nn.Flatten(), nn.Linear(4, 3)), (1, 2, 2))
+
+    def given(self, **changes):
+        good = {
+            "parameters": torch.zeros(2, 15),
+            "lower": torch.zeros(3, 1, 2, 2),
+            "upper": torch.ones(3, 1, 2, 2),
+            "labels": torch.tensor([0, 1, 2]),
+        } | changes
+        return self.network, good["parameters"], Box(good["lower"], good["upper"]), good["labels"]
+
+    @pytest.mark.parametrize("bound", BOUNDS)
+    @pytest.mark.parametrize(
+        ("changes", "message"),
+        [
+            ({"lower": torch.full((3, 1, 2, 2), 1.5)}, "lower > .*upper"),
+            ({"upper": torch.full((3, 1, 2, 2), torch.nan)}, "NaN"),
+            ({"lower": torch.full((3, 1, 2, 2), torch.nan)}, "NaN"),
+            ({"parameters": torch.zeros(2, 14)}, r"parameters of shape \[2, 14\]: allowed is \[P, 15\]"),
+            ({"parameters": torch.zeros(15)}, r"parameters of shape \[15\]"),
+            ({"lower": torch.zeros(3, 1, 2, 3)}, r"box.lower of shape \[3, 1, 2, 3\]: allowed is \[B, 1, 2, 2\]"),
+            ({"upper": torch.ones(3, 4)}, r"box.upper of shape \[3, 4\]"),
+            ({"upper": torch.ones(1, 1, 2, 2)}, "one label for each box"),
+            ({"labels": torch.tensor([0, 1])}, "one label for each box"),
+            ({"labels": torch.tensor([0, 1, 3])}, "labels .*0 to 2"),
+            ({"labels": torch.tensor([0, 1, -1])}, "labels .*0 to 2"),
+            ({"labels": torch.tensor([0.0, 1, 2])}, "labels .*whole numbers"),
+        ],
+    )
+    def test_is_refused_in_one_line_that_names_it(self, bound, changes, message):
+        with pytest.raises(ValueError, match=message) as refused:
+            BOUNDS[bound](*self.given(**changes))
+        assert "\n" not in str(refused.value)
+
+    @pytest.mark.parametrize("bound", BOUNDS)
+    def test_good_input_is_not(self, bound):
+        assert BOUNDS[bound](*self.given()).shape == (2, 3, 2)
+
+
 def test_box_around_is_the_whole_box():
     images = torch.tensor([0.0, 0.05, 0.5, 1.0]).reshape(1, 1, 2, 2)
     lower, upper = box_around(images, 0.1)

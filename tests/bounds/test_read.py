@@ -252,3 +252,108 @@ def test_refuses_a_layer_that_a_hook_changes():
     module[1].register_forward_hook(lambda layer, inputs, output: output * 2)
     with pytest.raises(UnsupportedLayer, match="gives other outputs"):
         read_network(module, SHAPE)
+
+
+def flat(*chain, features=60):
+    return nn.Sequential(*chain, nn.Flatten(), nn.Linear(features, 3))
+
+
+class Block(nn.Module):
+    """A body of its own kind."""
+
+    def __init__(self, forward):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 2, 1)
+        self._run = forward
+
+    def forward(self, x):
+        return self._run(self, x)
+
+
+class TestResidual:
+    def test_layers_are_named_by_their_place(self):
+        inner = Residual(nn.Conv2d(2, 2, 3, padding=1), nn.Sequential(nn.Identity(), nn.BatchNorm2d(2)))
+        block = Residual(nn.Sequential(nn.Conv2d(2, 2, 1), nn.ReLU(), inner), Block(lambda b, x: b.conv(x).relu()))
+        module = nn.Sequential()
+        module.add_module("block", block)
+        module.add_module("head", flat())
+        network = read_network(module, SHAPE)
+        assert [layer.kind for layer in network.layers] == ["Residual", "Flatten", "Linear"]
+        assert [(layer.kind, layer.place) for layer in network.all_layers] == [
+            ("Conv2d", "block.body.0"),
+            ("Activation", "block.body.1"),
+            ("Conv2d", "block.body.2.body"),
+            ("BatchNorm2d", "block.body.2.shortcut.1"),
+            ("Residual", "block.body.2"),
+            ("Conv2d", "block.shortcut.conv"),
+            ("Activation", "block.shortcut.relu"),
+            ("Residual", "block"),
+            ("Flatten", "head.0"),
+            ("Linear", "head.1"),
+        ]
+
+    def test_has_the_outputs_of_the_module_with_a_layer_that_runs_in_both_parts(self):
+        torch.manual_seed(0)
+        shared = nn.Conv2d(2, 2, 3, padding=1)
+        module = flat(Residual(nn.Sequential(shared, nn.Tanh()), shared), Residual(nn.Identity(), nn.ReLU())).double()
+        network = read_network(module, SHAPE)
+        images = torch.randn(4, *SHAPE, dtype=torch.float64)
+        found = network.logits(flat_parameters(module).unsqueeze(0), images)[0]
+        torch.testing.assert_close(found, module(images).detach(), rtol=1e-10, atol=1e-10)
+
+    @pytest.mark.parametrize(
+        ("module", "message"),
+        [
+            (flat(Residual(nn.Conv2d(2, 3, 1)), features=90), r"Residual at '0' cannot take .* \[2, 6, 5\]"),
+            # torch would stretch the one to the other's shape
+            (flat(Residual(nn.Conv2d(2, 1, 1))), r"Residual at '0'.*its body gives \[1, 6, 5\]"),
+            (flat(Residual(nn.Conv2d(2, 2, 1), nn.Conv2d(2, 1, 1))), r"its shortcut gives \[1, 6, 5\]"),
+            (flat(Residual(nn.Sequential(Residual(nn.Sequential(nn.ReLU(), nn.GELU()))))), "GELU at '0.body.0.body.1'"),
+            (flat(Residual(nn.Identity(), nn.Softplus())), "Softplus at '0.shortcut'"),
+            (flat(Residual(Block(lambda b, x: F.gelu(b.conv(x))))), "Block at '0.body': the call gelu"),
+            (
+                flat(Residual(Block(lambda b, x: b.conv(x) + x))),
+                "Block at '0.body': a connection that leaves the chain",
+            ),
+            (flat(Residual(Block(lambda b, x: x if x.sum() > 0 else -x))), "Block at '0.body' cannot be traced"),
+            # It changes what the shortcut is given, too.
+            (
+                flat(nn.Conv2d(2, 2, 1), Residual(nn.Sequential(nn.ReLU(inplace=True), nn.Conv2d(2, 2, 1)))),
+                "gives other outputs",
+            ),
+        ],
+    )
+    def test_is_refused_by_name_and_place(self, module, message):
+        with pytest.raises(UnsupportedLayer, match=message) as refused:
+            read_network(module, SHAPE)
+        assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize(
+    ("layer", "message"),
+    [
+        (nn.MaxPool2d(2, ceil_mode=True), "MaxPool2d at '0'.*ceil_mode=True, allowed is False"),
+        (nn.AvgPool2d(2, ceil_mode=True), "AvgPool2d at '0'.*ceil_mode=True, allowed is False"),
+        (nn.AvgPool2d(2, divisor_override=3), "AvgPool2d at '0'.*divisor_override=3, allowed is None"),
+        (nn.MaxPool2d(2, return_indices=True), "MaxPool2d at '0' that gives several tensors"),
+        (nn.MaxPool2d(2, padding=2), "MaxPool2d at '0' cannot take"),
+        (nn.BatchNorm2d(3), r"BatchNorm2d at '0' cannot take an input of shape \[2, 6, 5\]"),
+        (nn.BatchNorm2d(2, track_running_stats=False), "BatchNorm2d at '0'.*track_running_stats=False"),
+        (nn.ConstantPad2d(1, float("nan")), "ConstantPad2d at '0'.*value=nan, allowed is finite"),
+        (nn.ConstantPad2d(-3, 0.0), "ConstantPad2d at '0' cannot take"),
+        (nn.ReflectionPad2d(1), "ReflectionPad2d at '0'"),
+        (nn.AdaptiveAvgPool2d(1), "AdaptiveAvgPool2d at '0'.*supported are .*AvgPool2d"),
+        (nn.Sequential(nn.Flatten(), nn.AvgPool2d(2)), r"AvgPool2d at '0.1' cannot take an input of shape \[60\]"),
+        (nn.Sequential(nn.Flatten(), nn.BatchNorm1d(60)), "BatchNorm1d at '0.1'"),
+    ],
+)
+def test_refuses_pooling_norms_and_pads_that_have_no_bound(layer, message):
+    with pytest.raises(UnsupportedLayer, match=message) as refused:
+        read_network(flat(layer), SHAPE)
+    assert "\n" not in str(refused.value)
+
+
+@pytest.mark.parametrize("ends", [{"min": 0.0}, {"max": 1.0}, {"min": 0.0, "max": None}])
+def test_refuses_a_clamp_with_one_end(ends):
+    with pytest.raises(UnsupportedLayer, match=r"clamp with one end at 'clamp'; allowed is clamp\(low, high\)"):
+        read_network(Module(lambda m, x: relu_flat(m, x.clamp(**ends))), SHAPE)
