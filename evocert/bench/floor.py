@@ -23,7 +23,6 @@ from torch import Tensor
 from evocert.bench.measure import rounds
 from evocert.bounds import Box, Layer, Network, alpha_crown, deeppoly, ibp
 from evocert.bounds.affine import Node
-from evocert.bounds.backward import Centre
 from evocert.bounds.layers import (
     Activation,
     AvgPool2d,
@@ -157,13 +156,13 @@ def undecided(network: Network, parameters: Tensor, box: Box) -> list[float]:
     shares: list[list[float]] = []
     for each in parameters:
         members = network.bind(each.unsqueeze(0))
-        found = deeppoly.relaxations(members, box, Centre.of(members, box), sparse=True)
+        found = deeppoly.relaxing(members, box, sparse=True).relaxations
         shares.append([])
 
-        def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
-            decided = node.decided(lower, upper)
+        def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> ibp.Interval:
+            decided = node.decided(centre - radius, centre + radius)
             shares[-1].append(1.0 if decided is None else 1 - decided.double().mean().item())
-            return found[node].interval  # noqa: B023 (used at once)
+            return ibp.passed(node, *found[node].interval)  # noqa: B023 (used at once)
 
         ibp.propagate(members.hidden, *members.entered(box), visit)
     return torch.tensor(shares, dtype=torch.float64).mean(0).tolist()

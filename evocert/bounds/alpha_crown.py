@@ -7,10 +7,13 @@ slopes seen are kept, the starting ones among them, so that the bound is never w
 count as constant.
 """
 
+from dataclasses import replace
+
 import torch
 from torch import Tensor
 
 from evocert.bounds import backward, deeppoly
+from evocert.bounds.backward import Relaxing
 from evocert.bounds.network import Box, Members
 from evocert.bounds.nonlinear import BoundActivation, Relaxations, RelaxedActivation
 from evocert.bounds.relaxation import Lines
@@ -32,30 +35,27 @@ def margins(members: Members, box: Box, labels: Tensor, *, steps: int = STEPS) -
         highest, slopes = _ascended(plain, boxed, labels.clone(), steps)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (members.parameters, *box))):
         return highest
-    centre = backward.Centre.of(members, box)
-    found = deeppoly.relaxations(members, box, centre)
-    return backward.margins(members, box, labels, centre, _with_slopes(found, slopes))
+    return backward.margins(members, box, labels, _with_slopes(deeppoly.relaxing(members, box), slopes))
 
 
 def _ascended(members: Members, box: Box, labels: Tensor, steps: int) -> tuple[Tensor, list[Tensor | None]]:
     """The best bounds ``[P, B, M]`` of a gradient ascent on the slopes, and the slopes that gave them."""
-    centre = backward.Centre.of(members, box)
-    found = deeppoly.relaxations(members, box, centre)
-    highest = backward.margins(members, box, labels, centre, found)
-    slopes = _free_slopes(found, highest.shape[2])
+    found = deeppoly.relaxing(members, box)
+    highest = backward.margins(members, box, labels, found)
+    slopes = _free_slopes(found.relaxations, highest.shape[2])
     best = list(slopes)
     if all(each is None for each in slopes):
         return highest, best
     for step in range(steps):
         with torch.enable_grad():
             leaves = [None if each is None else each.detach().requires_grad_() for each in slopes]
-            bounds = backward.margins(members, box, labels, centre, _with_slopes(found, leaves))
+            bounds = backward.margins(members, box, labels, _with_slopes(found, leaves))
             gradients = iter(torch.autograd.grad(bounds.sum(), [leaf for leaf in leaves if leaf is not None]))
         # By the gradient's sign: how much a slope matters differs by orders of magnitude between neurons. Projected, not
         # clamped within the graph: there a slope that starts at 0 or 1, as DeepPoly's do, would never move.
         length = FIRST_STEP * DECAY**step
         slopes = [None if each is None else (each + length * next(gradients).sign()).clamp(0, 1) for each in slopes]
-        bounds = backward.margins(members, box, labels, centre, _with_slopes(found, slopes))
+        bounds = backward.margins(members, box, labels, _with_slopes(found, slopes))
         better = bounds > highest  # [P, B, M]
         highest = torch.where(better, bounds, highest)
         for i, (old, new) in enumerate(zip(best, slopes, strict=True)):
@@ -81,10 +81,10 @@ def _free_slopes(relaxations: Relaxations, margins: int) -> list[Tensor | None]:
     return found
 
 
-def _with_slopes(relaxations: Relaxations, slopes: list[Tensor | None]) -> Relaxations:
-    """The relaxations with lower slopes of each margin's own where the interval crosses zero."""
-    new = dict(relaxations)
-    for (node, relaxed), part in zip(relaxations.items(), slopes, strict=True):
+def _with_slopes(relaxing: Relaxing, slopes: list[Tensor | None]) -> Relaxing:
+    """The same relaxations with lower slopes of each margin's own where the interval crosses zero."""
+    new = dict(relaxing.relaxations)
+    for (node, relaxed), part in zip(relaxing.relaxations.items(), slopes, strict=True):
         if part is None:
             continue
         assert isinstance(node, BoundActivation)
@@ -94,6 +94,6 @@ def _with_slopes(relaxations: Relaxations, slopes: list[Tensor | None]) -> Relax
         assert decided is not None
         lower = torch.where(decided.unsqueeze(2), lines.lower_slope.unsqueeze(2), least + (1 - least) * part)
         above, *intercepts = (e.unsqueeze(2) for e in (lines.upper_slope, lines.lower_intercept, lines.upper_intercept))
-        at_centre, output = relaxed.at_centre.unsqueeze(2), relaxed.output_at_centre.unsqueeze(2)
-        new[node] = RelaxedActivation(Lines(lower, above, *intercepts), at_centre, output, relaxed.interval)
-    return new
+        before, after = (each.unsqueeze(2) for each in relaxed.reference)
+        new[node] = RelaxedActivation(Lines(lower, above, *intercepts), (before, after), relaxed.interval)
+    return replace(relaxing, relaxations=new)

@@ -5,7 +5,7 @@ intervals of the activations come from, which the relaxations need (see ``crown_
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 
 import torch
@@ -16,7 +16,7 @@ from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.margins import difference_rows, logit_margins
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, traced
+from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, forward
 from evocert.bounds.rows import Chosen, Form, Rows, inner
 from evocert.bounds.windows import Window
 
@@ -34,34 +34,51 @@ def chunk_size(device: torch.device) -> int:
 
 
 @dataclass(frozen=True)
-class Centre:
-    """The forward pass of the boxes' centres: deviations are from it.
+class Relaxing:
+    """What back-substitution of the margins needs.
 
     Attributes:
-        inputs: of each node that is not affine, ``[1 or P, B, ...]``.
-        logits: ``[1 or P, B, K]``.
+        relaxations: of every activation, in the order in which they run.
+        last: the reference values after the last activation, ``[1 or P, B, ...]``.
     """
 
-    inputs: dict[Relaxed, Tensor]
-    logits: Tensor
+    relaxations: Relaxations
+    last: Tensor
 
-    @classmethod
-    def of(cls, members: Members, box: Box) -> "Centre":
-        inputs: dict[Relaxed, Tensor] = {}
-        return cls(inputs, traced(members.inner, members.entered(box)[0], inputs))
+    @property
+    def intervals(self) -> list[Interval]:
+        """Lower and upper bounds before each activation, in the order in which they run, each ``[1 or P, B, ...]``."""
+        return [each.interval for each in self.relaxations.values()]
 
 
-def margins(members: Members, box: Box, labels: Tensor, centre: Centre, relaxations: Relaxations) -> Tensor:
-    """Lower bounds of the margins ``[P, B, M]`` by back-substitution, from relaxations of all activations."""
-    terms = difference_rows(labels, members.network.num_classes, box.lower.dtype)  # [B, M, K]
+def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> Tensor:
+    """Lower bounds of the margins ``[P, B, M]`` by back-substitution."""
+    classes = members.network.num_classes
     radius = members.entered(box)[1]
-    at_centre = logit_margins(centre.logits, labels).unsqueeze(2)  # [P, B, 1, M]
-    rows = Rows(terms.unsqueeze(0).unsqueeze(2), at_centre, (terms.shape[2],), both=False)
     widest = max(int(torch.Size(node.input_shape).numel()) for node in members.nodes)
-    size = chunk_size(radius.device) // (len(members) * rows.neurons * widest)
-    parts = [rows.part(images, slice(0, 1), slice(0, rows.neurons)) for images in _cut(len(terms), size)]
-    found = [concretised(back(part, members.inner, relaxations), radius)[0] for part in parts]
+    size = chunk_size(radius.device) // (len(members) * (classes - 1) * widest)
+    parts = _cut(len(labels), size)
+    tail = members.inner[len(members.hidden) :]  # affine: the same for all images of a class
+    at_reference = logit_margins(forward(tail, relaxing.last), labels).unsqueeze(2)  # [P, B, 1, M]
+    if shared := classes <= parts[0].stop:
+        every = torch.arange(classes, device=labels.device)
+        of_class = back(_differences(every, classes, at_reference.new_zeros(1, classes, 1, classes - 1)), tail, {})
+    found = []
+    for images in parts:
+        some, constant = labels[images], at_reference[:, images]
+        if shared:
+            rows = replace(of_class, coefficients=of_class.terms.index_select(1, some), constant=constant)
+        else:
+            rows = back(_differences(some, classes, constant), tail, {})
+        rows = back(replace(rows, images=images), members.hidden, relaxing.relaxations)
+        found.append(concretised(rows, radius)[0])
     return torch.cat(found, 1).flatten(2).expand(len(members), -1, -1)
+
+
+def _differences(labels: Tensor, classes: int, constant: Tensor) -> Rows:
+    """The margins of some labels as rows on the logits."""
+    terms = difference_rows(labels, classes, constant.dtype)  # [B, M, K]
+    return Rows(terms.unsqueeze(0).unsqueeze(2), constant, (classes,), both=False)
 
 
 def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:
@@ -98,18 +115,18 @@ class Substitution:
         self.radius = members.entered(box)[1]
         self.chunk = chunk_size(self.radius.device)
 
-    def interval(self, path: Sequence[Node], at_centre: Tensor) -> Interval:
+    def interval(self, path: Sequence[Node], reference: Tensor) -> Interval:
         """Lower and upper bounds of what a chain of nodes from the input on computes.
 
         Args:
             path: the nodes.
-            at_centre: what they make of the boxes' centres, ``[1 or P, B, *shape]``; the bounds are ``[P, B, *shape]``.
+            reference: what they make of the reference values, ``[1 or P, B, *shape]``; the bounds are ``[P, B, *shape]``.
         """
-        shape = tuple(at_centre.shape[2:])
+        shape = tuple(reference.shape[2:])
         if path and isinstance(path[-1], BoundFlatten):
-            lower, upper = self.interval(path[:-1], at_centre.unflatten(2, path[-1].input_shape))
+            lower, upper = self.interval(path[:-1], reference.unflatten(2, path[-1].input_shape))
             return lower.flatten(2), upper.flatten(2)
-        seed, rest = self._seed(path, at_centre)
+        seed, rest = self._seed(path, reference)
         found = [
             [
                 [self._bounds(partial(seed.part, images, lines, neurons), rest) for neurons in parts[2]]
@@ -126,19 +143,19 @@ class Substitution:
             ends.append(self._arranged(whole.expand(len(self.members), -1, -1, -1), seed, shape))
         return ends[0], ends[1]
 
-    def refined(self, path: Sequence[Node], at_centre: Tensor, known: Interval, wanted: Tensor) -> Interval:
+    def refined(self, path: Sequence[Node], reference: Tensor, known: Interval, wanted: Tensor) -> Interval:
         """Known bounds ``[P, B, *shape]``, with back-substituted ones where they are ``wanted`` (bools of that shape)."""
         if path and isinstance(path[-1], BoundFlatten):
             inner_shape = path[-1].input_shape
-            at_centre, lower, upper, wanted = (each.unflatten(2, inner_shape) for each in (at_centre, *known, wanted))
-            lower, upper = self.refined(path[:-1], at_centre, (lower, upper), wanted)
+            reference, lower, upper, wanted = (each.unflatten(2, inner_shape) for each in (reference, *known, wanted))
+            lower, upper = self.refined(path[:-1], reference, (lower, upper), wanted)
             return lower.flatten(2), upper.flatten(2)
         lower, upper = (each.expand(len(self.members), *each.shape[1:]) for each in known)
         shape = tuple(lower.shape[2:])
         index, real = _chosen(wanted.expand_as(lower).flatten(1))  # [P, R]
         if index.shape[1] == 0:
             return lower, upper
-        seed, rest = self._seed(path, at_centre)
+        seed, rest = self._seed(path, reference)
         size = max(1, self.chunk // (2 * len(self.members) * _largest_cell(seed, rest, self.relaxations)))
         source: Rows | Shared = seed
         relaxation = self.relaxations.get(rest[-1]) if rest and isinstance(rest[-1], Relaxed) else None
@@ -152,13 +169,13 @@ class Substitution:
             ends.append(flat.scatter(1, index, torch.where(real, new, flat.gather(1, index))).view_as(old))
         return ends[0], ends[1]
 
-    def _seed(self, path: Sequence[Node], at_centre: Tensor) -> tuple[Rows, list[Node]]:
+    def _seed(self, path: Sequence[Node], reference: Tensor) -> tuple[Rows, list[Node]]:
         """The values after a path as rows on the output of the last activation in it, and the path up to there.
 
         Until there they are the same for all images, and mostly for all positions: work that is done once a member.
         """
         rest = list(path)
-        rows = Rows.values(tuple(at_centre.shape[2:]), at_centre, windows=_has_windows(rest))
+        rows = Rows.values(tuple(reference.shape[2:]), reference, windows=_has_windows(rest))
         while rest and not isinstance(rest[-1], BoundResidual) and not isinstance(rest[-1], Relaxed):
             rows = back(rows, [rest.pop()], self.relaxations)
         return rows, rest

@@ -9,15 +9,12 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from evocert.bounds.affine import Affine
+from evocert.bounds.blocks import choose_blocks
 from evocert.bounds.rows import Rows
-from evocert.bounds.windows import Window, framed
+from evocert.bounds.windows import Window
 
 if TYPE_CHECKING:
     from evocert.bounds.layers import Conv2d
-
-# torch's transposed convolution on a CPU wastes most of its lanes on fewer channels than this; the products of ``_composed``
-# are then faster, though more.
-COMPOSED_CHANNELS = 8
 
 
 class _Composition(torch.autograd.Function):
@@ -60,11 +57,15 @@ class BoundConvolution(Affine):
         self.layer = layer
         self.input_shape = layer.input_shape
         self.kernels = weight  # [P, O, I / groups, k, k]
-        self.weight = weight.flatten(0, 1)  # [P * O, I / groups, k, k]
-        self.absolute = self.weight.abs()
-        self.bias = None if bias is None else bias.flatten()  # [P * O]
         self.members = len(weight)
+        self.weight = weight.flatten(0, 1)  # [P * O, I / groups, k, k]
+        if self.members == 1 and weight.device.type == "cpu" and weight.dtype == torch.float32:
+            # Maps then come out with their channels last, as the cells of back-substitution have them.
+            self.weight = self.weight.clone(memory_format=torch.channels_last)
+        self.absolute = torch.empty_like(self.weight).copy_(self.weight).abs_()
+        self.bias = None if bias is None else bias.flatten()  # [P * O]
         self._strips: dict[int, Tensor] = {}
+        self._block_kernels: Tensor | None = None
 
     def affine(self, x: Tensor) -> Tensor:
         return self._convolve(self.weight, self.bias, x)
@@ -179,20 +180,24 @@ class BoundConvolution(Affine):
         layer = self.layer
         channels, height, width = self.input_shape
         top, bottom, left, right = layer.padding
-        if terms.device.type == "cpu" and channels < COMPOSED_CHANNELS:
-            whole = Window((layer.output_shape[1], layer.output_shape[2]), (1, 1), (0, 0), (1, 1))
-            below = self._window(
-                whole
-            )  # of one position: the map with its padding, up to where the last kernel reaches
-            new = self._composed(terms, whole, below)
-            bottom, right = height + top - below.kernel[0], width + left - below.kernel[1]
-            return framed(new, (-left, right, -top, bottom))
         flat = terms.flatten(1, 3)  # [1 or P, R, H, W, C]
         flat = flat.expand(self.members, *flat.shape[1:])
         # [R, P * C, H, W], with channels innermost in memory where there is one member: that is the fastest order.
         flat = flat.permute(1, 0, 4, 2, 3).flatten(1, 2)
-        # Rows and columns at the end that no kernel reaches have no coefficients.
         kernel = layer.weight.shape[2], layer.weight.shape[3]
+        if terms.device.type == "cpu" and layer.groups == 1 and layer.dilation == (1, 1):
+            outputs = layer.output_shape[1], layer.output_shape[2]
+            blocks = choose_blocks(channels, (height, width), outputs, kernel, layer.stride, (top, left))
+            if blocks is not None:
+                recorded = torch.is_grad_enabled() and self.kernels.requires_grad
+                kernels = self._block_kernels
+                if recorded or kernels is None:
+                    kernels = blocks.kernels(self.kernels)
+                if not recorded:
+                    self._block_kernels = kernels
+                new = blocks.transposed(flat, kernels)
+                return new.unflatten(1, terms.shape[1:4])
+        # Rows and columns at the end that no kernel reaches have no coefficients.
         size = height + top + bottom, width + left + right
         rest = [
             n - ((o - 1) * s + d * (k - 1) + 1)

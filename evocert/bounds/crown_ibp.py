@@ -9,6 +9,7 @@ from torch import Tensor
 
 from evocert.bounds import backward, ibp
 from evocert.bounds.affine import Node
+from evocert.bounds.backward import Relaxing
 from evocert.bounds.network import Box, Members
 from evocert.bounds.nonlinear import Relaxations, Relaxed
 
@@ -18,17 +19,18 @@ def margins(members: Members, box: Box, labels: Tensor, *, slope: str = "adaptiv
 
     ``slope``: how the free slope of an activation's lower line is chosen, one of ``relaxation.SLOPES``.
     """
-    centre = backward.Centre.of(members, box)
-    return backward.margins(members, box, labels, centre, relaxations(members, box, centre, slope))
+    return backward.margins(members, box, labels, relaxing(members, box, slope))
 
 
-def relaxations(members: Members, box: Box, centre: backward.Centre, slope: str = "adaptive") -> Relaxations:
-    """Of every activation, from its interval by IBP."""
+def relaxing(members: Members, box: Box, slope: str = "adaptive") -> Relaxing:
+    """Every activation relaxed over its interval by IBP."""
     found: Relaxations = {}
 
-    def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
-        found[node] = node.relax(lower, upper, centre.inputs[node], slope)
-        return lower, upper
+    def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> ibp.Interval:
+        lower, upper = centre - radius, centre + radius
+        after = ibp.passed(node, lower, upper)
+        found[node] = node.relax(lower, upper, (centre, after[0]), slope)
+        return after
 
-    ibp.propagate(members.hidden, *members.entered(box), visit)
-    return found
+    last, _ = ibp.propagate(members.hidden, *members.entered(box), visit)
+    return Relaxing(found, last)

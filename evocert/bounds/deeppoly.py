@@ -12,6 +12,7 @@ from torch import Tensor
 
 from evocert.bounds import backward, ibp
 from evocert.bounds.affine import BoundDense, Entrywise, Node
+from evocert.bounds.backward import Relaxing
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.network import Box, Members
 from evocert.bounds.nonlinear import Relaxations, Relaxed
@@ -33,40 +34,40 @@ def margins(
         sparse: back-substitute only neurons that an interval of one layer leaves undecided; the others keep that interval.
         intersect: take the tighter of the back-substituted end and that of the one-layer interval, neuron by neuron.
     """
-    centre = backward.Centre.of(members, box)
-    found = relaxations(members, box, centre, slope, sparse=sparse, intersect=intersect)
-    bounds = backward.margins(members, box, labels, centre, found)
+    found = relaxing(members, box, slope, sparse=sparse, intersect=intersect)
+    bounds = backward.margins(members, box, labels, found)
     return torch.maximum(bounds, ibp.margins(members, box, labels)) if intersect else bounds
 
 
-def relaxations(
+def relaxing(
     members: Members,
     box: Box,
-    centre: backward.Centre,
     slope: str = "adaptive",
     *,
     sparse: bool = False,
     intersect: bool = False,
-) -> Relaxations:
-    """Of every activation, in the order in which they run, from its back-substituted interval."""
+) -> Relaxing:
+    """Every activation relaxed over its back-substituted interval."""
     found: Relaxations = {}
     substitution = backward.Substitution(members, box, found)
 
-    def visit(node: Relaxed, path: Sequence[Node], lower: Tensor, upper: Tensor) -> ibp.Interval:
+    def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> ibp.Interval:
+        lower, upper = centre - radius, centre + radius
         if not _exact(path):
             decided = node.decided(lower, upper) if sparse else None
             if decided is None:
-                below, above = substitution.interval(path, centre.inputs[node])
+                below, above = substitution.interval(path, centre)
             else:
-                below, above = substitution.refined(path, centre.inputs[node], (lower, upper), ~decided)
+                below, above = substitution.refined(path, centre, (lower, upper), ~decided)
             if intersect:
                 below, above = torch.maximum(below, lower), torch.minimum(above, upper)
             lower, upper = below, above
-        found[node] = node.relax(lower, upper, centre.inputs[node], slope)
-        return lower, upper
+        after = ibp.passed(node, lower, upper)
+        found[node] = node.relax(lower, upper, (centre, after[0]), slope)
+        return after
 
-    ibp.propagate(members.hidden, *members.entered(box), visit)
-    return found
+    last, _ = ibp.propagate(members.hidden, *members.entered(box), visit)
+    return Relaxing(found, last)
 
 
 def _exact(path: Sequence[Node]) -> bool:

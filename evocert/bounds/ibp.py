@@ -16,7 +16,7 @@ from evocert.bounds.network import Box, Members
 from evocert.bounds.nonlinear import BoundResidual, Relaxed
 
 Interval = tuple[Tensor, Tensor]
-# (activation, what leads to it, lower and upper before it) -> the interval to go on with
+# (activation, what leads to it, centre and radius before it) -> centre and radius after it
 Visit = Callable[[Relaxed, Sequence[Node], Tensor, Tensor], Interval]
 
 
@@ -48,7 +48,7 @@ def propagate(
     Args:
         nodes: as they follow each other.
         centre, radius: of the interval before them, ``[1 or P, B, ...]``.
-        visit: sees the interval before each activation, in the order in which they run, and may give another.
+        visit: passes the activations, in the order in which they run.
         path: what leads to the first node.
 
     Returns:
@@ -60,14 +60,34 @@ def propagate(
             one, other = (propagate(part, centre, radius, visit, path) for part in (node.body, node.shortcut))
             centre, radius = one[0] + other[0], one[1] + other[1]
         elif isinstance(node, Relaxed):
-            lower, upper = centre - radius, centre + radius
             if visit is None:
-                lower, upper = node.ends(lower, upper)
+                centre, radius = centred(*node.ends(centre - radius, centre + radius))
             else:
-                lower, upper = (node.forward(end) for end in visit(node, path, lower, upper))
-            centre = torch.lerp(lower, upper, 0.5)
-            radius = upper - centre
+                centre, radius = visit(node, path, centre, radius)
         elif isinstance(node, Affine):
             centre, radius = node.affine(centre), node.magnitude(radius)
         path.append(node)
     return centre, radius
+
+
+def intervals(members: Members, box: Box) -> list[Interval]:
+    """Lower and upper bounds before each activation, in the order in which they run, each ``[1 or P, B, ...]``."""
+    found: list[Interval] = []
+
+    def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> Interval:
+        found.append((centre - radius, centre + radius))
+        return passed(node, *found[-1])
+
+    propagate(members.hidden, *members.entered(box), visit)
+    return found
+
+
+def passed(node: Relaxed, lower: Tensor, upper: Tensor) -> Interval:
+    """The centre and radius after an activation, of an interval that is kept."""
+    return centred(node.forward(lower), node.forward(upper))
+
+
+def centred(lower: Tensor, upper: Tensor) -> Interval:
+    """Centre and radius of an interval."""
+    centre = torch.lerp(lower, upper, 0.5)
+    return centre, upper - centre

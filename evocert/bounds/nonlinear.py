@@ -18,6 +18,9 @@ from evocert.bounds.relaxation import ACTIVATIONS, Lines
 from evocert.bounds.rows import Chosen, Form, Rows, Shape, as_cell, inner
 from evocert.bounds.windows import Pair, Window
 
+# What deviations are from, before and after a node, each ``[1 or P, B, *shape]``: see ``rows``.
+Reference = tuple[Tensor, Tensor]
+
 
 class Relaxation(Protocol):
     """A relaxed nonlinearity, over the intervals of some members and images."""
@@ -40,8 +43,8 @@ class Relaxed(Node):
         """Interval in, interval out, each ``[1 or P, B, ...]``. Free to overwrite both."""
         raise NotImplementedError
 
-    def relax(self, lower: Tensor, upper: Tensor, at_centre: Tensor, slope: str) -> Relaxation:
-        """The relaxation over an interval; ``at_centre`` are the values for the boxes' centres, slope is of ``SLOPES``."""
+    def relax(self, lower: Tensor, upper: Tensor, reference: Reference, slope: str) -> Relaxation:
+        """The relaxation over an interval; slope is of ``SLOPES``."""
         raise NotImplementedError
 
     def decided(self, lower: Tensor, upper: Tensor) -> Tensor | None:
@@ -67,9 +70,9 @@ class BoundActivation(Relaxed):
             self.activation.overwrite(upper, *self.arguments),
         )
 
-    def relax(self, lower: Tensor, upper: Tensor, at_centre: Tensor, slope: str) -> "RelaxedActivation":
+    def relax(self, lower: Tensor, upper: Tensor, reference: Reference, slope: str) -> "RelaxedActivation":
         lines = self.activation.relax(lower, upper, slope, *self.arguments)
-        return RelaxedActivation(lines, at_centre, self.forward(at_centre), (lower, upper))
+        return RelaxedActivation(lines, reference, (lower, upper))
 
     @property
     def least_slope(self) -> float | None:
@@ -85,24 +88,24 @@ class BoundActivation(Relaxed):
 class RelaxedActivation:
     """Two lines for each neuron, kept as mean and half difference of their slopes and of their offsets.
 
-    A line's offset is what it gives at the centre's value z0, beyond the activation there: for deviations, its intercept.
+    A line's offset is what it gives at the reference value before the activation, beyond that after it: for deviations, its
+    intercept.
 
     Args:
         lines: the relaxation.
-        at_centre: z0, ``[1 or P, B, *shape]``.
-        output_at_centre: the activation of z0.
+        reference: the reference values before and after.
         interval: lower and upper ends, over which the lines hold.
     """
 
-    def __init__(
-        self, lines: Lines, at_centre: Tensor, output_at_centre: Tensor, interval: tuple[Tensor, Tensor]
-    ) -> None:
-        self.lines, self.at_centre, self.output_at_centre, self.interval = lines, at_centre, output_at_centre, interval
-        self.mean = (lines.upper_slope + lines.lower_slope) / 2
-        self.half = (lines.upper_slope - lines.lower_slope) / 2
-        low = lines.lower_slope * at_centre + lines.lower_intercept - output_at_centre
-        high = lines.upper_slope * at_centre + lines.upper_intercept - output_at_centre
-        self.offset, self.spread = (high + low) / 2, (high - low) / 2
+    def __init__(self, lines: Lines, reference: Reference, interval: tuple[Tensor, Tensor]) -> None:
+        self.lines, self.reference, self.interval = lines, reference, interval
+        before, after = reference
+        self.mean = (lines.upper_slope + lines.lower_slope) * 0.5
+        self.half = (lines.upper_slope - lines.lower_slope) * 0.5
+        middle = (lines.upper_intercept + lines.lower_intercept) * 0.5
+        apart = (lines.upper_intercept - lines.lower_intercept) * 0.5
+        self.offset = torch.addcmul(middle, self.mean, before) - after
+        self.spread = torch.addcmul(apart, self.half, before)
 
     def back(self, rows: Rows) -> Rows:
         if rows.form is Form.EXACT and rows.both and rows.chosen is None:
@@ -174,8 +177,8 @@ class BoundMaxPool(Relaxed):
     def ends(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
         return self.forward(lower), self.forward(upper)
 
-    def relax(self, lower: Tensor, upper: Tensor, at_centre: Tensor, slope: str) -> "RelaxedMaxPool":
-        return RelaxedMaxPool(self, lower, upper, at_centre)
+    def relax(self, lower: Tensor, upper: Tensor, reference: Reference, slope: str) -> "RelaxedMaxPool":
+        return RelaxedMaxPool(self, lower, upper, reference)
 
     def decided(self, lower: Tensor, upper: Tensor) -> Tensor | None:
         return None
@@ -213,7 +216,7 @@ class RelaxedMaxPool:
     which would then decide.
     """
 
-    def __init__(self, pool: BoundMaxPool, lower: Tensor, upper: Tensor, at_centre: Tensor) -> None:
+    def __init__(self, pool: BoundMaxPool, lower: Tensor, upper: Tensor, reference: Reference) -> None:
         self.pool, self.interval = pool, (lower, upper)
         lows, highs = pool.pieces(lower, -torch.inf), pool.pieces(upper, -torch.inf)
         best = (lows + highs).argmax(0, keepdim=True)  # [1, 1 or P, B, C, H', W']
@@ -224,10 +227,10 @@ class RelaxedMaxPool:
         follows = (low + high) / 2 + over < greatest
         self.below_taps = chosen  # the lower line's slope at each tap
         self.above_taps = chosen * follows
-        # What the lines give at the centre's values, beyond the maximum there.
-        values, maximum = pool.pieces(at_centre.expand_as(lower), 0.0), pool.forward(at_centre)
-        self.below_offset = values.gather(0, best)[0] - maximum
-        self.above_offset = torch.where(follows, self.below_offset + over, greatest - maximum)
+        # What the lines give at the reference values before the pooling, beyond those after it.
+        values, after = pool.pieces(reference[0].expand_as(lower), 0.0), reference[1]
+        self.below_offset = values.gather(0, best)[0] - after
+        self.above_offset = torch.where(follows, self.below_offset + over, greatest - after)
 
     def back(self, rows: Rows) -> Rows:
         rows = rows.lowered()
@@ -338,18 +341,6 @@ def forward(nodes: Sequence[Node], x: Tensor) -> Tensor:
     """What a chain of nodes makes of values ``[1 or P, B, ...]``."""
     for node in nodes:
         x = node.forward(x)
-    return x
-
-
-def traced(nodes: Sequence[Node], x: Tensor, found: dict[Relaxed, Tensor]) -> Tensor:
-    """As ``forward``; what each node that is not affine is given goes into ``found``."""
-    for node in nodes:
-        if isinstance(node, BoundResidual):
-            x = traced(node.body, x, found) + traced(node.shortcut, x, found)
-        else:
-            if isinstance(node, Relaxed):
-                found[node] = x
-            x = node.forward(x)
     return x
 
 

@@ -69,14 +69,19 @@ def _ratio(numerator: Tensor, denominator: Tensor, where: Tensor, otherwise: Ten
 
 def _relu(lower: Tensor, upper: Tensor, slope: str) -> Lines:
     """Above, the chord where the interval crosses zero. With u+ and l- the ends cut at zero, its slope is u+ / (u+ + l-)."""
-    over, under = upper.clamp(min=0), lower.clamp(max=0).neg()
+    over, under = upper.clamp(min=0), lower.neg().clamp(min=0)
     # The smallest number stands for 0 / 0, at an interval that is zero alone, and is lost in any other sum.
     above = over / (over + under).clamp(min=torch.finfo(lower.dtype).tiny)
-    if slope == "same":
-        below = above
-    else:
-        below = {"adaptive": upper > -lower, "zero": lower >= 0, "one": upper > 0}[slope].to(lower.dtype)
-    return Lines(below, above, torch.zeros_like(lower), above * under)
+    below = above if slope == "same" else _WHERE_ONE[slope](over, under).to(lower.dtype)
+    return Lines(below, above, lower.new_zeros(()).expand_as(lower), above * under)
+
+
+# Where the lower line of a ReLU has slope 1, from u+ and l-.
+_WHERE_ONE: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "adaptive": lambda over, under: over > under,
+    "zero": lambda over, under: under == 0,
+    "one": lambda over, under: over > 0,
+}
 
 
 def _leaky_relu(lower: Tensor, upper: Tensor, slope: str, negative_slope: float) -> Lines:

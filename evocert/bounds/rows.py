@@ -10,9 +10,10 @@ I is B, or 1 while the rows are the same for all images; L is the number of posi
 So what the images and positions of a member share is computed once a member. Rows that were chosen one by one stand along
 I, with L = Q = 1.
 
-A row is a function of *deviations*: its value is ``constant + <coefficients, z - z0>``, where z0 are the layer's values for
-the centre of the box. Biases and borders are in z0, so affine layers change the coefficients alone, and the input's
-deviations are at most its radius; constants change only where an activation is relaxed.
+A row is a function of *deviations*: its value is ``constant + <coefficients, z - z0>``, where z0 are reference values: at the
+input the centre of the box, after an affine layer what it makes of those before it, after an activation the midpoint of its
+interval. So biases and borders are in z0, affine layers change the coefficients alone, and the input's deviations are at most
+its radius; constants change only where an activation is relaxed. Interval propagation has the reference values anyway.
 """
 
 from dataclasses import dataclass, replace
@@ -77,18 +78,18 @@ class Rows:
     chosen: Chosen | None = None
 
     @classmethod
-    def values(cls, shape: Shape, at_centre: Tensor, *, windows: bool) -> "Rows":
+    def values(cls, shape: Shape, reference: Tensor, *, windows: bool) -> "Rows":
         """The values of a layer themselves, in windows of one point where the layer is a map and that is wanted.
 
         Args:
             shape: of the layer.
-            at_centre: its values for the boxes' centres, ``[1 or P, B, *shape]``.
+            reference: its reference values, ``[1 or P, B, *shape]``.
             windows: whether windows are wanted.
         """
         if windows and len(shape) == 3:
             grid = (shape[1], shape[2])
-            return cls(None, at_centre.flatten(3).transpose(2, 3), shape, grid, Window.points(grid))
-        return cls(None, at_centre.flatten(2).unsqueeze(2), shape)
+            return cls(None, reference.flatten(3).transpose(2, 3), shape, grid, Window.points(grid))
+        return cls(None, reference.flatten(2).unsqueeze(2), shape)
 
     @property
     def neurons(self) -> int:
@@ -153,7 +154,8 @@ class Rows:
         if self.images is not None:
             maps = tuple(each if each.shape[1] == 1 else each[:, self.images] for each in maps)
         if self.window is None:
-            return as_cell(torch.stack(maps, 2).unsqueeze(2), self.shape).contiguous()
+            cells = [as_cell(each, self.shape).unsqueeze(2) for each in maps]  # [1 or P, I, L = 1, *cell]
+            return torch.stack(cells, 3) if len(cells) > 1 else cells[0].unsqueeze(3).contiguous()
         pieces = [self.window.cut(each) for each in maps]
         return torch.stack(pieces, 3) if len(pieces) > 1 else pieces[0].unsqueeze(3)
 
@@ -247,4 +249,4 @@ def inner(terms: Tensor, seen: Tensor) -> Tensor:
     if terms.shape[1] == terms.shape[2] == 1:  # the same for all images and positions: nothing is expanded
         product = torch.matmul(seen.flatten(1, 3), terms.reshape(len(terms), *terms.shape[3:]).transpose(1, 2))
         return product.unflatten(1, seen.shape[1:3])
-    return torch.matmul(terms, seen.transpose(3, 4)).squeeze(4)
+    return torch.matmul(seen, terms.transpose(3, 4)).squeeze(3)
