@@ -66,11 +66,11 @@ def _margins(network: Network, device: torch.device) -> Cost:
 
 
 def _substitution(network: Network, device: torch.device) -> Cost:
-    return cost.of_substitution(network, backward.chunk_size(device))
+    return cost.of_substitution(network, backward.chunk_memory(device))
 
 
 def _optimised(network: Network, device: torch.device) -> Cost:
-    return cost.of_optimisation(network, backward.chunk_size(device))
+    return cost.of_optimisation(network, backward.chunk_memory(device))
 
 
 def _check(network: Network, parameters: Tensor, box: Box, labels: Tensor) -> None:

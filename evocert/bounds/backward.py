@@ -7,6 +7,7 @@ intervals of the activations come from, which the relaxations need (see ``crown_
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import product
 
 import torch
 from torch import Tensor
@@ -23,7 +24,11 @@ from evocert.bounds.windows import Window
 # Numbers that the coefficients of the rows worked on at once take. On a CPU they stay in a core's cache; a GPU wants few
 # launches.
 CPU_CHUNK = 2**20
-GPU_CHUNK = 2**27
+GPU_CHUNK = 2**24
+# How many times as much a chunk was seen to take in all: the rows, what a layer makes of them, magnitudes, what each row sees;
+# and what the C library does not hand back in between (CNN3, CNN4, CNN5 with w=16; 1 to 32 images; torch 2.14, glibc 2.35).
+CPU_COPIES = 12
+GPU_COPIES = 6
 
 Interval = tuple[Tensor, Tensor]
 
@@ -31,6 +36,11 @@ Interval = tuple[Tensor, Tensor]
 def chunk_size(device: torch.device) -> int:
     """Numbers that the coefficients of the rows worked on at once take on a device."""
     return GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
+
+
+def chunk_memory(device: torch.device) -> int:
+    """Numbers that work on one chunk takes in all."""
+    return GPU_CHUNK * GPU_COPIES if device.type == "cuda" else CPU_CHUNK * CPU_COPIES
 
 
 @dataclass(frozen=True)
@@ -63,7 +73,7 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
     if shared := classes <= parts[0].stop:
         every = torch.arange(classes, device=labels.device)
         of_class = back(_differences(every, classes, at_reference.new_zeros(1, classes, 1, classes - 1)), tail, {})
-    found = []
+    ends = Ends((len(members), len(labels), 1, classes - 1), radius, 1)
     for images in parts:
         some, constant = labels[images], at_reference[:, images]
         if shared:
@@ -71,8 +81,9 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
         else:
             rows = back(_differences(some, classes, constant), tail, {})
         rows = back(replace(rows, images=images), members.hidden, relaxing.relaxations)
-        found.append(concretised(rows, radius)[0])
-    return torch.cat(found, 1).flatten(2).expand(len(members), -1, -1)
+        ends.put((images, slice(0, 1), slice(0, classes - 1)), concretised(rows, radius))
+    (found,) = ends.whole()
+    return found.flatten(2)
 
 
 def _differences(labels: Tensor, classes: int, constant: Tensor) -> Rows:
@@ -101,6 +112,48 @@ def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:
     return lower, -negated
 
 
+# The images (or the rows that were chosen), positions and neurons of a chunk.
+Places = tuple[slice, slice, slice]
+
+
+class Ends:
+    """Bounds of rows, as chunks of rows give them.
+
+    Without a graph they are written where they stay: small blocks that outlive the large ones of a chunk, one of them for each
+    chunk, would cut up the memory that those give back, and it was seen to grow to eight times what lives.
+
+    Args:
+        shape: [P, I, L, Q] of each end.
+        like: of their dtype and device.
+        count: how many there are: the lower one, or both.
+    """
+
+    def __init__(self, shape: tuple[int, ...], like: Tensor, count: int = 2) -> None:
+        self.shape, self.count, self.recorded = shape, count, torch.is_grad_enabled()
+        self.ends = [] if self.recorded else [like.new_empty(shape) for _ in range(count)]
+        self.pieces: list[tuple[Places, tuple[Tensor, ...]]] = []
+
+    def put(self, places: Places, found: tuple[Tensor, ...]) -> None:
+        if self.recorded:
+            self.pieces.append((places, found))
+        for end, piece in zip(self.ends, found, strict=False):
+            end[:, places[0], places[1], places[2]] = piece
+
+    def whole(self) -> list[Tensor]:
+        if not self.recorded:
+            return self.ends
+        # One node of the graph, where writing into parts of a tensor would make one for each, as large as the whole.
+        return [self._joined([(places, found[end]) for places, found in self.pieces], 0) for end in range(self.count)]
+
+    def _joined(self, pieces: list[tuple[Places, Tensor]], axis: int) -> Tensor:
+        if axis == 3:
+            ((_, piece),) = pieces
+            return piece.expand(self.shape[0], -1, -1, -1)
+        starts = sorted({places[axis].start for places, _ in pieces})
+        parts = [self._joined([p for p in pieces if p[0][axis].start == start], axis + 1) for start in starts]
+        return torch.cat(parts, axis + 1)
+
+
 class Substitution:
     """Intervals of any layer's values by back-substitution through what comes before it, in chunks that stay small.
 
@@ -127,21 +180,13 @@ class Substitution:
             lower, upper = self.interval(path[:-1], reference.unflatten(2, path[-1].input_shape))
             return lower.flatten(2), upper.flatten(2)
         seed, rest = self._seed(path, reference)
-        found = [
-            [
-                [self._bounds(partial(seed.part, images, lines, neurons), rest) for neurons in parts[2]]
-                for lines in parts[1]
-            ]
-            for parts in [self._parts(seed, rest)]
-            for images in parts[0]
-        ]
-        ends = []
-        for end in range(2):
-            whole = torch.cat(
-                [torch.cat([torch.cat([p[end] for p in line], 3) for line in one], 2) for one in found], 1
-            )
-            ends.append(self._arranged(whole.expand(len(self.members), -1, -1, -1), seed, shape))
-        return ends[0], ends[1]
+        count, columns = self.radius.shape[1], seed.grid[1]
+        ends = Ends((len(self.members), count, seed.grid[0] * columns, seed.neurons), self.radius)
+        for images, lines, neurons in product(*self._parts(seed, rest)):
+            here = slice(lines.start * columns, lines.stop * columns)
+            ends.put((images, here, neurons), self._bounds(partial(seed.part, images, lines, neurons), rest))
+        lower, upper = (self._arranged(end, seed, shape) for end in ends.whole())
+        return lower, upper
 
     def refined(self, path: Sequence[Node], reference: Tensor, known: Interval, wanted: Tensor) -> Interval:
         """Known bounds ``[P, B, *shape]``, with back-substituted ones where they are ``wanted`` (bools of that shape)."""
@@ -161,13 +206,18 @@ class Substitution:
         relaxation = self.relaxations.get(rest[-1]) if rest and isinstance(rest[-1], Relaxed) else None
         if isinstance(relaxation, RelaxedActivation):
             source, rest = Shared(relaxation, seed), rest[:-1]
-        found = [self._bounds(partial(source.pick, _decoded(part, seed, shape)), rest) for part in index.split(size, 1)]
-        ends = []
-        for end, old in enumerate((lower, upper)):
-            new, flat = torch.cat([piece[end].flatten(1) for piece in found], 1), old.flatten(1)
-            # What fills up a member's share writes back what was there.
-            ends.append(flat.scatter(1, index, torch.where(real, new, flat.gather(1, index))).view_as(old))
-        return ends[0], ends[1]
+        ends = Ends((*index.shape, 1, 1), self.radius)
+        for part in _cut(index.shape[1], size):
+            chosen = _decoded(index[:, part], seed, shape)
+            ends.put((part, slice(0, 1), slice(0, 1)), self._bounds(partial(source.pick, chosen), rest))
+        # What fills up a member's share writes back what was there.
+        lower, upper = (
+            old.flatten(1)
+            .scatter(1, index, torch.where(real, new.flatten(1), old.flatten(1).gather(1, index)))
+            .view_as(old)
+            for old, new in zip((lower, upper), ends.whole(), strict=True)
+        )
+        return lower, upper
 
     def _seed(self, path: Sequence[Node], reference: Tensor) -> tuple[Rows, list[Node]]:
         """The values after a path as rows on the output of the last activation in it, and the path up to there.

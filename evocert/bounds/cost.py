@@ -16,7 +16,8 @@ class Cost:
         pair: for each member and image of a tile.
         member: for each member of a tile, whatever the images: its weights, bound.
         chunk: for each tile, whatever its size.
-        alone: whether on a CPU a tile is best of one member: its images are enough rows for a product.
+        alone: whether on a CPU a tile is best of one member: its images are enough rows for a product. Such a tile may have any
+            number of images.
     """
 
     pair: int
@@ -53,12 +54,15 @@ def of_margins(network: Network) -> Cost:
     intervals = of_intervals(network)
     relaxed = sum(prod(layer.input_shape) for layer in network.all_layers if isinstance(layer, Activation | MaxPool2d))
     margins = network.num_classes - 1
-    rows = max(margins * (3 * prod(layer.output_shape) + 2 * prod(layer.input_shape)) for layer in network.all_layers)
+    rows = max(margins * (3 * prod(layer.output_shape) + 4 * prod(layer.input_shape)) for layer in network.all_layers)
     return Cost(intervals.pair + 9 * relaxed + rows, intervals.member, alone=True)
 
 
 def of_substitution(network: Network, chunk: int) -> Cost:
-    """Back-substitution of every layer in chunks, and what chunks share: the cut slopes, and strips of the kernels."""
+    """Back-substitution of every layer in chunks, and what chunks share: the cut slopes, and strips of the kernels.
+
+    ``chunk``: numbers that work on one chunk takes.
+    """
     margins = of_margins(network)
     pair = member = 0
     for layer in network.all_layers:
@@ -66,8 +70,7 @@ def of_substitution(network: Network, chunk: int) -> Cost:
             cell = prod(layer.weight.shape[2:]) * layer.input_shape[0]
             pair = max(pair, 5 * prod(layer.output_shape[1:]) * cell + 8 * prod(layer.output_shape))
             member += 4 * layer.output_shape[0] * cell
-    # Of a chunk: the terms, what becomes of them in the layer below, and magnitudes.
-    return Cost(margins.pair + pair, margins.member + member, 4 * chunk, alone=True)
+    return Cost(margins.pair + pair, margins.member + member, chunk, alone=True)
 
 
 def of_optimisation(network: Network, chunk: int) -> Cost:

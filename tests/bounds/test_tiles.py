@@ -168,20 +168,31 @@ class TestChoice:
             try:
                 tile = choose_tile(cost, 512, budget, self.cpu, dtype)
             except ValueError:
-                assert dtype.itemsize * (cost.chunk + cost.member + LANES * cost.pair) > budget
+                assert dtype.itemsize * (cost.chunk + cost.member + (1 if cost.alone else LANES) * cost.pair) > budget
                 continue
             used = dtype.itemsize * (cost.chunk + tile.members * (cost.member + tile.images * cost.pair))
             assert used * tile.at_once <= budget
             assert 1 <= tile.at_once <= worker_count()
-            assert tile.images % LANES == 0
-            assert tile.members == 1 or not cost.alone
+            assert tile.members == 1 if cost.alone else tile.images % LANES == 0
 
     @pytest.mark.parametrize("bound", BOUNDS)
     def test_says_what_budget_would_do(self, bound):
-        with pytest.raises(ValueError, match=r"too small for one member and 16 images .* at least (\d+)MiB") as refused:
+        images = "1 image" if self.cost(bound).alone else "16 images"
+        told = rf"too small for one member and {images} .* at least (\d+)MiB"
+        with pytest.raises(ValueError, match=told) as refused:
             choose_tile(self.cost(bound), 512, 2**20, self.cpu)
         enough = int(str(refused.value).split("at least ")[1].split("MiB")[0]) * 2**20
         choose_tile(self.cost(bound), 512, enough, self.cpu)
+
+    @pytest.mark.parametrize(("images", "expected"), [(4, 4), (32, 32), (33, 17), (100, 25)])
+    def test_a_member_alone_takes_its_images_in_equal_parts(self, images, expected):
+        tile = choose_tile(self.cost("crown-ibp"), images, 2**31, self.cpu)
+        assert (tile.members, tile.images) == (1, expected)
+
+    @pytest.mark.parametrize("bound", BOUNDS)
+    def test_a_gpu_has_room_in_the_default_budget(self, bound):
+        gpu = torch.device("cuda")
+        choose_tile(BOUNDS[bound].cost(self.network, gpu), 512, 2**31, gpu, torch.float64)
 
     def test_does_not_waste_on_small_minibatches(self):
         tile = choose_tile(self.cost("ibp"), 20, 2**31, torch.device("cuda"))
