@@ -1,10 +1,13 @@
-"""Projected gradient descent on the worst margin: looks for a counterexample inside the box, and replays what it finds.
+"""Projected gradient descent on margins: looks for a counterexample inside the box, and replays what it finds.
 
 Images and eps are in [0, 1] pixel units, and every point lies in the box ``[max(x - eps, 0), min(x + eps, 1)]``.
 """
 
 import copy
 import math
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import NamedTuple
 
 import torch
@@ -86,8 +89,8 @@ def pgd(
     replayed = copy.deepcopy(module).eval().to(torch.float64).requires_grad_(False)
 
     images = images.detach()
-    lower64, upper64 = (images.double() - eps).clamp(min=0), (images.double() + eps).clamp(max=1)
-    lower, upper = _rounded_inwards(lower64, upper64, images.dtype)
+    box = _Box.around(images, eps)
+    lower, upper = box.low, box.high
 
     with torch.no_grad():
         logits = replayed(images.double())
@@ -107,13 +110,158 @@ def pgd(
         found = _descend(searched, start, labels[rows], low, high, steps, length)
         # After the cast, so that what is checked and replayed is exactly what is returned.
         found = found.to(images.dtype).clamp(lower[rows], upper[rows])
-        with torch.no_grad():
-            margins = _finite_or_inf(worst_margin(replayed(found.double()), labels[rows]))  # [A]
-        inside = ((found.double() >= lower64[rows]) & (found.double() <= upper64[rows])).flatten(1).all(1)
+        inside, margins = box.replayed(replayed, found, labels, rows)  # [A]
         better = inside & (margins < lowest[rows])
         points[rows[better]] = found[better]
         lowest[rows[better]] = margins[better]
     return Attack(points, lowest <= 0)
+
+
+def apgd(
+    module: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    eps: float,
+    *,
+    numbers: Sequence[int],
+    steps: int = 100,
+    restarts: int = 5,
+    seed: int = 0,
+) -> Attack:
+    """Attack every image by descents with momentum whose steps adapt, aimed at one class after another.
+
+    The first descent is on :func:`worst_margin` from the image itself; the others start at points drawn uniformly from the box
+    and are on the margin over one other class, beginning with the class that is closest on the image. What is found of an image
+    depends on the image, its number, the seed and the images beside it alone. Points count as in :func:`pgd`.
+
+    Args:
+        module, images, labels, eps: as of :func:`pgd`.
+        numbers: one for each image, from which its starting points are drawn.
+        steps: of one descent, >= 1.
+        restarts: descents for each image, >= 1.
+        seed: beside the numbers.
+
+    Raises:
+        InputError: an argument is not as described above.
+
+    Source: APGD and its targeted form, Croce and Hein 2020 (arXiv:2003.01690), algorithm 1 and section 4.
+    """
+    _check(images, labels, eps, steps, restarts, None)
+    searched = copy.deepcopy(module).eval().requires_grad_(False).to(images.dtype)
+    replayed = copy.deepcopy(module).eval().to(torch.float64).requires_grad_(False)
+    images = images.detach()
+    box = _Box.around(images, eps)
+    with torch.no_grad():
+        logits = replayed(images.double())
+    _check_labels(labels, logits)
+    points, lowest = images.clone(), _finite_or_inf(worst_margin(logits, labels))
+    nearest = logits.scatter(1, labels.unsqueeze(1), -math.inf).argsort(1, descending=True)  # [B, K]: the label is last
+    for restart in range(restarts if eps > 0 else 0):
+        rows = (lowest > 0).nonzero().squeeze(1)
+        if rows.numel() == 0:
+            break
+        low, high = box.low[rows], box.high[rows]
+        if restart == 0:
+            start, margin = images[rows], partial(worst_margin, labels=labels[rows])
+        else:
+            target = nearest[rows, (restart - 1) % max(1, logits.shape[1] - 1)]
+            start = low + (high - low) * _drawn([numbers[row] for row in rows.tolist()], low, seed + restart)
+            margin = partial(_margin_over, labels=labels[rows], targets=target)
+        found = _adaptive_descent(searched, start, margin, low, high, steps, 2 * eps)
+        better, margins = box.replayed(replayed, found, labels, rows)
+        better &= margins < lowest[rows]
+        points[rows[better]], lowest[rows[better]] = found[better], margins[better]
+    return Attack(points, lowest <= 0)
+
+
+def _margin_over(logits: Tensor, labels: Tensor, targets: Tensor) -> Tensor:
+    """``logit_y - logit_t``: logits ``[B, K]``, two ``[B]`` -> ``[B]``."""
+    return (logits.gather(1, labels.unsqueeze(1)) - logits.gather(1, targets.unsqueeze(1))).squeeze(1)
+
+
+def _drawn(numbers: list[int], like: Tensor, seed: int) -> Tensor:
+    """For each number an image of its own, uniform in [0, 1]."""
+    parts = []
+    for number in numbers:
+        generator = torch.Generator().manual_seed(hash((seed, number)) & (2**63 - 1))
+        parts.append(torch.rand(like.shape[1:], generator=generator, dtype=like.dtype))
+    return torch.stack(parts).to(like.device)
+
+
+# Of all steps, where a descent looks back for the first time; by how much less each further stretch is; the shortest one.
+FIRST_STRETCH, SHORTER, SHORTEST = 0.22, 0.03, 0.06
+MOMENTUM = 0.75  # weight of the new step
+SUCCESSES = 0.75  # share of a stretch's steps that must have gone down for the length to stay
+
+
+def _adaptive_descent(
+    module: nn.Module,
+    start: Tensor,
+    margin: Callable[[Tensor], Tensor],
+    lower: Tensor,
+    upper: Tensor,
+    steps: int,
+    length: float,
+) -> Tensor:
+    """The point of the lowest margin on one descent from ``start [A, C, H, W]`` whose steps halve where they do not pay."""
+    looks = set()
+    part, stretch = FIRST_STRETCH, FIRST_STRETCH
+    while part < 1:
+        looks.add(math.ceil(part * steps))
+        stretch = max(stretch - SHORTER, SHORTEST)
+        part += stretch
+    count = len(start)
+    lengths = torch.full((count, 1, 1, 1), length, dtype=start.dtype, device=start.device)
+    point = before = start.clamp(lower, upper)
+    best, lowest = point, torch.full((count,), math.inf, dtype=start.dtype, device=start.device)
+    last_margin, went_down = lowest.clone(), torch.zeros_like(lowest)
+    at_look, halved, since = lowest.clone(), torch.ones_like(lowest, dtype=torch.bool), 0
+    for step in range(steps + 1):
+        point = point.detach().requires_grad_()
+        with torch.enable_grad():
+            margins = margin(module(point))
+            (gradient,) = torch.autograd.grad(margins.sum(), point)
+        point, margins = point.detach(), _finite_or_inf(margins.detach())
+        went_down += margins < last_margin
+        last_margin = margins
+        better = margins < lowest
+        lowest = torch.where(better, margins, lowest)
+        best = torch.where(better[:, None, None, None], point, best)
+        since += 1
+        if step in looks:
+            stalled = (went_down < SUCCESSES * since) | (~halved & (lowest >= at_look))
+            lengths = torch.where(stalled[:, None, None, None], lengths / 2, lengths)
+            point = torch.where(stalled[:, None, None, None], best, point)
+            before = torch.where(stalled[:, None, None, None], best, before)
+            at_look, halved, since = lowest.clone(), stalled, 0
+            went_down.zero_()
+        target = (point - lengths * gradient.sign()).clamp(lower, upper)
+        weight = MOMENTUM if step else 1.0
+        moved = (point + weight * (target - point) + (1 - weight) * (point - before)).clamp(lower, upper)
+        before, point = point, moved
+    return best
+
+
+@dataclass(frozen=True)
+class _Box:
+    """The points that count: in the float64 box, and numbers of the images' dtype."""
+
+    lower: Tensor  # float64
+    upper: Tensor
+    low: Tensor  # of the images' dtype, rounded inwards
+    high: Tensor
+
+    @classmethod
+    def around(cls, images: Tensor, eps: float) -> "_Box":
+        lower, upper = (images.double() - eps).clamp(min=0), (images.double() + eps).clamp(max=1)
+        return cls(lower, upper, *_rounded_inwards(lower, upper, images.dtype))
+
+    @torch.no_grad()
+    def replayed(self, replayed: nn.Module, points: Tensor, labels: Tensor, rows: Tensor) -> tuple[Tensor, Tensor]:
+        """Which points of some images lie in their boxes, and what margins a float64 network has there."""
+        margins = _finite_or_inf(worst_margin(replayed(points.double()), labels[rows]))
+        inside = (points.double() >= self.lower[rows]) & (points.double() <= self.upper[rows])
+        return inside.flatten(1).all(1), margins
 
 
 def _descend(

@@ -17,7 +17,7 @@ LAYERS = [
     {"bounds"},
     {"losses", "attacks", "data", "networks", "memory", "schedules", "settings", "display"},
     {"experiment", "user_files", "problem", "searchers", "evaluation", "runs", "logging", "export"},
-    {"parts", "config"},
+    {"parts", "config", "certify"},
     {"training", "bench"},
     {"cli"},
 ]

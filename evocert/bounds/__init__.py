@@ -6,6 +6,7 @@ A new bound is one file with a function ``margins(members, box, labels) -> [P, B
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -33,10 +34,13 @@ class Bound:
     Attributes:
         margins: the bound on one tile, (members, box, labels) -> ``[P, B, M]``.
         cost: what it takes of memory for a network, and on which device, from which tiles are chosen.
+        intermediate: the intervals on which the margins rest, (members, box) -> lower and upper bounds of what each activation is
+            given, in the order in which they run.
     """
 
     margins: Callable[[Members, Box, Tensor], Tensor]
     cost: Callable[[Network, torch.device], Cost]
+    intermediate: Callable[[Members, Box], list[ibp.Interval]]
 
     def __call__(
         self, network: Network, parameters: Tensor, box: Box, labels: Tensor, *, tile: Tile | None = None
@@ -55,6 +59,25 @@ class Bound:
             return self.margins(members, Box(lower, upper), labels)
 
         return over_tiles(on_tile, network, parameters, (box.lower, box.upper, labels), tile)
+
+    def intervals(self, network: Network, parameters: Tensor, box: Box) -> list[ibp.Interval]:
+        """Parameters ``[P, D]``, box ``[B, C, H, W]`` twice -> for each activation lower and upper bounds of its input.
+
+        Each ``[P, B, ...]``, or ``[1, B, ...]`` where the members share it; in the order in which the activations run, in a residual
+        block the body's first. Differentiable; everything at once, so cut large populations.
+
+        Raises:
+            ValueError: as a call.
+        """
+        _check(network, parameters, box, box.lower.new_zeros(len(box.lower), dtype=torch.long))
+        return self.intermediate(network.bind(parameters), box)
+
+
+def _deeppoly(**settings: Any) -> Bound:
+    def intermediate(members: Members, box: Box) -> list[ibp.Interval]:
+        return deeppoly.relaxing(members, box, **settings).intervals
+
+    return Bound(partial(deeppoly.margins, **settings), _substitution, intermediate)
 
 
 def _intervals(network: Network, device: torch.device) -> Cost:
@@ -93,15 +116,15 @@ def _check(network: Network, parameters: Tensor, box: Box, labels: Tensor) -> No
 
 
 BOUNDS: dict[str, Bound] = {
-    "ibp": Bound(ibp.margins, _intervals),
-    "crown-ibp": Bound(crown_ibp.margins, _margins),
-    "deeppoly": Bound(deeppoly.margins, _substitution),
-    "deeppoly-sparse": Bound(partial(deeppoly.margins, sparse=True), _substitution),
-    "deeppoly-intersect": Bound(partial(deeppoly.margins, intersect=True), _substitution),
-    "crown-zero": Bound(partial(deeppoly.margins, slope="zero"), _substitution),
-    "crown-one": Bound(partial(deeppoly.margins, slope="one"), _substitution),
-    "crown-same-slope": Bound(partial(deeppoly.margins, slope="same"), _substitution),
-    "alpha-crown": Bound(alpha_crown.margins, _optimised),
+    "ibp": Bound(ibp.margins, _intervals, ibp.intervals),
+    "crown-ibp": Bound(crown_ibp.margins, _margins, lambda members, box: crown_ibp.relaxing(members, box).intervals),
+    "deeppoly": _deeppoly(),
+    "deeppoly-sparse": _deeppoly(sparse=True),
+    "deeppoly-intersect": _deeppoly(intersect=True),
+    "crown-zero": _deeppoly(slope="zero"),
+    "crown-one": _deeppoly(slope="one"),
+    "crown-same-slope": _deeppoly(slope="same"),
+    "alpha-crown": Bound(alpha_crown.margins, _optimised, lambda members, box: deeppoly.relaxing(members, box).intervals),
 }
 
 __all__ = [

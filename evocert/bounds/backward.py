@@ -86,6 +86,22 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
     return found.flatten(2)
 
 
+def margin_rows(members: Members, last: Tensor, label: int, rival: int) -> Rows:
+    """One margin, ``logit[label] - logit[rival]``, as a row on what the last activation gives: ``[1 or P, 1, 1, 1, *cell]``.
+
+    Args:
+        members: P bound networks.
+        last: the reference values there, as of ``Relaxing``.
+        label, rival: two classes.
+    """
+    tail = members.inner[len(members.hidden) :]
+    reference = forward(tail, last)  # [1 or P, 1, K]
+    terms = reference.new_zeros(1, 1, 1, 1, reference.shape[2])
+    terms[..., label], terms[..., rival] = 1.0, -1.0
+    constant = (reference[..., label] - reference[..., rival]).unsqueeze(2).unsqueeze(2)
+    return back(Rows(terms, constant, (reference.shape[2],), both=False), tail, {})
+
+
 def _differences(labels: Tensor, classes: int, constant: Tensor) -> Rows:
     """The margins of some labels as rows on the logits."""
     terms = difference_rows(labels, classes, constant.dtype)  # [B, M, K]

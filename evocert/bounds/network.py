@@ -10,7 +10,7 @@ from torch import Tensor
 from evocert.bounds.affine import Affine, BoundDense, BoundNormalize, Node
 from evocert.bounds.layers import Layer, Linear, Residual, Shape
 from evocert.bounds.margins import pair_differences
-from evocert.bounds.nonlinear import forward
+from evocert.bounds.nonlinear import Relaxed, forward, relaxed_nodes
 
 
 class Box(NamedTuple):
@@ -102,6 +102,11 @@ class Members:
         nodes = self.inner
         last = max((i for i, node in enumerate(nodes) if not isinstance(node, Affine)), default=-1)
         return nodes[: last + 1]
+
+    @property
+    def relaxed(self) -> list[Relaxed]:
+        """The nodes that are not affine, in the order in which they run; in a residual block the body's first."""
+        return list(relaxed_nodes(self.nodes))
 
     def entered(self, box: Box) -> tuple[Tensor, Tensor]:
         """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``."""

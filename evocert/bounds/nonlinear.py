@@ -344,6 +344,15 @@ def forward(nodes: Sequence[Node], x: Tensor) -> Tensor:
     return x
 
 
+def relaxed_nodes(nodes: Sequence[Node]) -> Iterator[Relaxed]:
+    """The nodes in a chain that are not affine, also those in residual blocks."""
+    for node in nodes:
+        if isinstance(node, BoundResidual):
+            yield from relaxed_nodes([*node.body, *node.shortcut])
+        elif isinstance(node, Relaxed):
+            yield node
+
+
 def back(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> Rows:
     """Rows on the output of a chain of nodes -> rows on its input."""
     for node in reversed(nodes):

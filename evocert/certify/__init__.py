@@ -1,0 +1,1 @@
+"""Certificates: the cascade from cheap bounds to exact verification, and second opinions."""
