@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -152,6 +153,63 @@ def bench(
         print(out)
 
 
+@app.command()
+def certify(
+    target: Annotated[
+        Path, typer.Argument(metavar="RUN|MODEL.onnx", help="The folder of a finished run, or a network.")
+    ],
+    data: Annotated[
+        str | None, typer.Option(metavar="NAME", help="A data set, or the path of an .npz.  [default: the run's]")
+    ] = None,
+    data_dir: Annotated[Path | None, typer.Option(metavar="DIR", help="Where it is, if not in EVOCERT_DATA.")] = None,
+    eps: Annotated[
+        str | None, typer.Option(metavar="E", help="Radius in [0, 1] pixels, such as 2/255.  [default: the run's]")
+    ] = None,
+    examples: Annotated[
+        int | None, typer.Option(parser=_whole_number, metavar="N", help="The first N test images.  [default: all]")
+    ] = None,
+    indices: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="The numbers of the test images to take.")
+    ] = None,
+    methods: Annotated[
+        str,
+        typer.Option(metavar="A,B,C", help="Names of bounds, attack and exact, in the order in which they are tried."),
+    ] = "ibp,crown-ibp,deeppoly,attack,alpha-crown,exact",
+    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Of the exact method, for an example.")] = 30.0,
+    workers: Annotated[
+        int, typer.Option(parser=_whole_number, metavar="N", help="Processes for the exact method.")
+    ] = 1,
+    out: Annotated[
+        Path | None, typer.Option(metavar="DIR", help="Folder of the records.  [default: the run, or certify-MODEL]")
+    ] = None,
+    quiet: Quiet = False,
+) -> None:
+    """Decide for each test image whether a network is robust around it: cheap bounds, attack, exact verification.
+
+    For example: evocert certify runs/mine --examples 100 --timeout 30
+
+    What is found is on record at once, in certify.jsonl; the same command goes on where it was stopped, and one with a
+    larger timeout or more methods tries what is undecided again. Exit status 1: an example is certified and broken at once.
+    """
+    with _imports():
+        from evocert.certify import display as shown
+        from evocert.certify.cascade import Settings
+        from evocert.certify.command import Request, prepare
+        from evocert.certify.command import certify as decide
+        from evocert.settings import number
+
+    names = tuple(name.strip() for name in methods.split(","))
+    wanted = Settings(0.0 if eps is None else number("--eps", eps), names, timeout, workers)
+    request = Request(target, data, data_dir, None if eps is None else wanted.eps, examples, indices, out)
+    prepared = prepare(request)
+    content, records = decide(
+        prepared, replace(wanted, eps=prepared.eps), shown.Silent() if quiet else shown.Terminal()
+    )
+    shown.show_summary(content, records, quiet)
+    if content["contradictions"]:
+        raise typer.Exit(1)
+
+
 def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:
     from evocert.display import Silent, Terminal, show_results, summary
 
@@ -220,6 +278,7 @@ def _failure(error: Exception) -> int:
 
     from evocert.bench import BenchFailed, BenchStopped
     from evocert.bounds import UnsupportedLayer
+    from evocert.certify.command import CertifyStopped
     from evocert.evaluation import ContradictionError
     from evocert.export.onnx import ExportError
     from evocert.problem import NonFiniteFitnessError
@@ -230,7 +289,7 @@ def _failure(error: Exception) -> int:
     if isinstance(error, Interrupted | Unwritable):
         how = f"; to continue: evocert resume {shlex.quote(str(error.run_path))}"
         return _complain(error, how, 130 if isinstance(error, Interrupted) else 1)
-    if isinstance(error, BenchStopped):
+    if isinstance(error, BenchStopped | CertifyStopped):
         return _complain(error, "", 130)
     if isinstance(error, BenchFailed | ContradictionError | ExportError | NonFiniteFitnessError):
         return _complain(error, "", 1)

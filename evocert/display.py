@@ -45,7 +45,9 @@ class Silent:
         pass
 
 
-class _Console(Console):
+class Output(Console):
+    """A console that outlives its reader."""
+
     def on_broken_pipe(self) -> None:
         """Whoever read stdout is gone (``| head``, a ``tee`` that was killed). The run is worth more than its display."""
         if not self.quiet:
@@ -58,7 +60,7 @@ class Terminal:
     """Two live lines where stdout is a terminal, otherwise a plain line every ten seconds."""
 
     def __init__(self) -> None:
-        self._console = _Console(highlight=False)
+        self._console = Output(highlight=False)
         self._natural = self._certified = float("nan")
         self._live: Live | None = None
         self._began = self._shown = 0.0
@@ -78,11 +80,11 @@ class Terminal:
             return
         self._shown = now
         rate = (generation - self._first) / max(now - self._began, 1e-9)
-        pace = f"{rate:.3g}/s  {_clock((self._generations - generation) / max(rate, 1e-9))} left"
+        pace = f"{rate:.3g}/s  {clock((self._generations - generation) / max(rate, 1e-9))} left"
         count = f"generation {generation}/{self._generations}"
         state = (
             f"loss {loss:.4f}  eps {eps:.4f}  sigma {stdev:.3g}  "
-            f"validation: natural {_percent(self._natural)} certified {_percent(self._certified)}"
+            f"validation: natural {percent(self._natural)} certified {percent(self._certified)}"
         )
         if self._live is None:
             self.say(f"{count}  {pace}  {state}")
@@ -112,20 +114,20 @@ class Terminal:
 
 def show_results(results: dict[str, Any], folder: Path, written: list[str]) -> None:
     """The table at the end of a run, and the paths of what it wrote."""
-    console = _Console(highlight=False)
+    console = Output(highlight=False)
     start = "random weights" if results["init_from"] is None else f"the weights of {results['init_from']}"
     title = (
         f"{results['problem']}: {results['method']} with {results['bound']}, {results['generations']} generations in "
-        f"{_clock(results['train_seconds'])}\nfrom {start}, seed {results['seed']}"
+        f"{clock(results['train_seconds'])}\nfrom {start}, seed {results['seed']}"
     )
     table = Table(safe_box=True)
     table.add_column(f"accuracy on {results['examples']} {results['split']} images")
     table.add_column("percent", justify="right")
     accuracy, radius = results["accuracy"], f"eps = {results['eps']:.4g}"
-    table.add_row("natural", _percent(accuracy["natural"]))
-    table.add_row(f"under attack (PGD), {radius}", _percent(accuracy["attacked"]))
+    table.add_row("natural", percent(accuracy["natural"]))
+    table.add_row(f"under attack (PGD), {radius}", percent(accuracy["attacked"]))
     for name, value in accuracy["certified"].items():
-        table.add_row(f"certified by {name}, {radius}", _percent(value))
+        table.add_row(f"certified by {name}, {radius}", percent(value))
     console.print(title, markup=False, soft_wrap=True)
     console.print(table)
     for name in written:
@@ -139,11 +141,11 @@ def summary(results: dict[str, Any], folder: Path) -> str:
     return f"{folder}  natural {accuracy['natural']:.4f}  attacked {accuracy['attacked']:.4f}  {certified}"
 
 
-def _percent(fraction: float) -> str:
+def percent(fraction: float) -> str:
     return "-" if fraction != fraction else f"{100 * fraction:.1f} %"
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, rest = divmod(round(seconds), 60)
     hours, minutes = divmod(minutes, 60)
     return f"{hours}:{minutes:02}:{rest:02}" if hours else f"{minutes}:{rest:02}"

@@ -52,17 +52,10 @@ def build(
         InputError, UnsupportedLayer: whatever in the experiment cannot be had here.
     """
     device = _device(experiment)
-    data = load(
-        experiment.data,
-        data_dir=experiment.data_dir,
-        data_path=experiment.data_path,
-        download=experiment.download,
-        validation_fraction=experiment.validation_fraction,
-        seed=experiment.seed,
-    )
+    data = load_data(experiment)
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would move CUDA's generators too
-        module = _module(experiment, data)
+        module = build_module(experiment, data)
         start = None
         if experiment.init_from is not None and warm_start:
             start = _warm_start(Path(experiment.init_from), sum(p.numel() for p in module.parameters()))
@@ -102,13 +95,25 @@ def build(
     return Parts(experiment, device, data, module, problem, searcher)
 
 
+def load_data(experiment: Experiment) -> Dataset:
+    """The data set that an experiment describes."""
+    return load(
+        experiment.data,
+        data_dir=experiment.data_dir,
+        data_path=experiment.data_path,
+        download=experiment.download,
+        validation_fraction=experiment.validation_fraction,
+        seed=experiment.seed,
+    )
+
+
 def chosen_centre(state: dict[str, Any], select: Any) -> Tensor:
     """Of a checkpoint's state, the centre ``[D]`` that the setting ``select`` takes, on the CPU."""
     centre: Tensor = state["searcher"]["mu"] if select == "last" or state["best"] is None else state["best"]["centre"]
     return centre.cpu()
 
 
-def _module(experiment: Experiment, data: Dataset) -> nn.Module:
+def build_module(experiment: Experiment, data: Dataset) -> nn.Module:
     """The experiment's network, with its own initialisation, in float32: the precision that is trained and handed over."""
     if isinstance(experiment.network, nn.Module):
         return experiment.network.float()

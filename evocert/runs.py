@@ -1,7 +1,6 @@
 """The run folder: what a run leaves behind, written so that a run killed at any moment loses nothing but time."""
 
 import contextlib
-import fcntl
 import io
 import json
 import os
@@ -21,6 +20,7 @@ import torch
 
 import evocert
 from evocert.errors import InputError
+from evocert.files import Lock, sync_names, write_atomically
 
 CHECKPOINT = "checkpoint.pt"
 PREVIOUS = "checkpoint.previous.pt"
@@ -33,7 +33,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._lock: io.TextIOWrapper | None = None
+        self._lock: Lock | None = None
         self._metrics: io.TextIOWrapper | None = None
         self._made: list[Path] = []  # the folders that ``create`` made, the innermost first
         self._damaged: set[str] = set()  # checkpoints that could not be read
@@ -97,27 +97,14 @@ class Run:
             raise
 
     def _take_lock(self) -> None:
-        path = self.path / ".lock"
-        while self._lock is None:
-            lock = path.open("w")
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                lock.close()
-                raise InputError(f"run folder {self.path}: another process is at work in it") from None
-            if path.exists() and os.path.samestat(os.fstat(lock.fileno()), path.stat()):
-                self._lock = lock
-            else:  # its last holder removed it between the two calls
-                lock.close()
+        self._lock = Lock(self.path / ".lock", f"run folder {self.path}: another process is at work in it")
 
     def close(self) -> None:
-        with contextlib.suppress(OSError):
-            if self._lock is not None:  # while it is still held: nobody else's is removed
-                (self.path / ".lock").unlink()
-        for file in (self._metrics, self._lock):
-            if file is not None:
-                with contextlib.suppress(OSError):  # on a full disk there is nothing left to flush to
-                    file.close()
+        if self._lock is not None:
+            self._lock.release()
+        if self._metrics is not None:
+            with contextlib.suppress(OSError):  # on a full disk there is nothing left to flush to
+                self._metrics.close()
         self._metrics = self._lock = None
 
     # Records
@@ -127,31 +114,15 @@ class Run:
 
     def write_bytes(self, name: str, content: bytes) -> None:
         """Atomically: whoever reads sees the old file or the new one."""
-        temporary = self.path / f".{name}.tmp"
-        try:
-            with temporary.open("wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(temporary, self.path / name)
-            self._sync_names()
-        except BaseException:
-            with contextlib.suppress(OSError):
-                temporary.unlink()
-            raise
-
-    def _sync_names(self) -> None:
-        """After a power cut, too, a file is found under the name that it was given last."""
-        folder = os.open(self.path, os.O_RDONLY)
-        try:
-            with contextlib.suppress(OSError):  # some network file systems have no such thing
-                os.fsync(folder)
-        finally:
-            os.close(folder)
+        write_atomically(self.path / name, content)
 
     def read_config(self) -> dict[str, Any]:
         """config.json. Raises InputError where it is no valid JSON object."""
         return self._read_json("config.json")
+
+    def read_results(self) -> dict[str, Any]:
+        """results.json. Raises InputError where it is no valid JSON object."""
+        return self._read_json("results.json")
 
     def check_split(self, record: dict[str, Any]) -> None:
         """Whether the data are still those that the run began with.
@@ -233,7 +204,7 @@ class Run:
                     shutil.copyfile(current, link)
                 os.replace(link, self.path / PREVIOUS)
             os.replace(temporary, current)
-            self._sync_names()
+            sync_names(self.path)
             self._damaged.discard(CHECKPOINT)
         except BaseException:
             with contextlib.suppress(OSError):

@@ -44,6 +44,14 @@ def parse_setting(name: str, text: str, kind: Any) -> Any:
     raise InputError(f"--set {name}={text}: allowed is {_names(kind, text_only=True)}")
 
 
+def number(name: str, text: str) -> float:
+    """Text such as 0.1 or 2/255. Raises InputError."""
+    try:
+        return _number(text)
+    except (ValueError, ZeroDivisionError):
+        raise InputError(f"{name} {text}: allowed is a number such as 0.1 or 2/255") from None
+
+
 def _number(text: str) -> float:
     numerator, slash, denominator = text.partition("/")
     return float(numerator) / float(denominator) if slash else float(text)

@@ -15,7 +15,7 @@ PACKAGE = Path(evocert.__file__).parent
 LAYERS = [
     {"errors", "modules"},
     {"bounds"},
-    {"losses", "attacks", "data", "networks", "memory", "schedules", "settings", "display"},
+    {"losses", "attacks", "data", "networks", "memory", "files", "schedules", "settings", "display"},
     {"experiment", "user_files", "problem", "searchers", "evaluation", "runs", "logging", "export"},
     {"parts", "config", "certify"},
     {"training", "bench"},

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from evocert.bounds import alpha_crown, backward, cost, crown_ibp, deeppoly, ibp
+from evocert.bounds import alpha_crown, backward, cost, crown_ibp, deeppoly, hbox, ibp
 from evocert.bounds.cost import Cost
 from evocert.bounds.layers import Layer
 from evocert.bounds.margins import logit_margins
@@ -34,8 +34,8 @@ class Bound:
     Attributes:
         margins: the bound on one tile, (members, box, labels) -> ``[P, B, M]``.
         cost: what it takes of memory for a network, and on which device, from which tiles are chosen.
-        intermediate: the intervals on which the margins rest, (members, box) -> lower and upper bounds of what each activation is
-            given, in the order in which they run.
+        intermediate: the intervals on which the margins rest, (members, box) -> lower and upper bounds of what each activation
+            is given, in the order in which they run.
     """
 
     margins: Callable[[Members, Box, Tensor], Tensor]
@@ -63,8 +63,8 @@ class Bound:
     def intervals(self, network: Network, parameters: Tensor, box: Box) -> list[ibp.Interval]:
         """Parameters ``[P, D]``, box ``[B, C, H, W]`` twice -> for each activation lower and upper bounds of its input.
 
-        Each ``[P, B, ...]``, or ``[1, B, ...]`` where the members share it; in the order in which the activations run, in a residual
-        block the body's first. Differentiable; everything at once, so cut large populations.
+        Each ``[P, B, ...]``, or ``[1, B, ...]`` where the members share it; in the order in which the activations run, in a
+        residual block the body's first. Differentiable; everything at once, so cut large populations.
 
         Raises:
             ValueError: as a call.
@@ -124,7 +124,13 @@ BOUNDS: dict[str, Bound] = {
     "crown-zero": _deeppoly(slope="zero"),
     "crown-one": _deeppoly(slope="one"),
     "crown-same-slope": _deeppoly(slope="same"),
-    "alpha-crown": Bound(alpha_crown.margins, _optimised, lambda members, box: deeppoly.relaxing(members, box).intervals),
+    # The zonotopes of Singh et al. 2018. A relaxed neuron is slope x + middle + radius e with an e of its own: both lines have one
+    # slope, and the coefficient of e in a later neuron is that neuron's row here. So its interval is crown-same-slope's.
+    "deepz": _deeppoly(slope="same"),
+    "hbox": Bound(hbox.margins, _substitution, lambda members, box: hbox.relaxing(members, box)[0].intervals),
+    "alpha-crown": Bound(
+        alpha_crown.margins, _optimised, lambda members, box: deeppoly.relaxing(members, box).intervals
+    ),
 }
 
 __all__ = [

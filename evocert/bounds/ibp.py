@@ -34,10 +34,26 @@ def margins(members: Members, box: Box, labels: Tensor) -> Tensor:
     last = members.last_linear
     nodes = members.inner if last is None else members.inner[:-1]
     centre, radius = propagate(nodes, *members.entered(box))
-    if last is None:  # nothing to fold the difference into: the label's lower end against the rivals' upper ends
-        return margins_between((centre - radius).expand(len(members), -1, -1), centre + radius, labels)
+    logits = centre if last is None else last.affine(centre)
+    return logit_margins(logits, labels) - margin_radius(members, radius, labels)
+
+
+def margin_radius(members: Members, radius: Tensor, labels: Tensor) -> Tensor:
+    """How far margins are from those at the centre: ``|W_y - W_j| r``, or ``r_y + r_j`` where there is no last linear layer.
+
+    Args:
+        members: P bound networks.
+        radius: before the last layer if it is linear, else of the logits, ``[1 or P, B, ...]``.
+        labels: ``[B]``.
+
+    Returns:
+        ``[P, B, M]``.
+    """
+    if members.last_linear is None:
+        radius = radius.expand(len(members), -1, -1)
+        return margins_between(radius, -radius, labels)
     spread = dense_product(members.pair_differences, None, radius)  # [P, B, pairs]
-    return logit_margins(last.affine(centre), labels) - rival_entries(spread, labels, members.network.num_classes)
+    return rival_entries(spread, labels, members.network.num_classes)
 
 
 def propagate(

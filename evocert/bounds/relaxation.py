@@ -16,8 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-# How the free slope of a lower line is chosen: 1 iff u > -l (DeepPoly), always 0 or 1, or that of the upper line (Fast-Lin,
-# Weng et al. 2018, arXiv:1804.09699).
+# How the free slope of a lower line is chosen: 1 iff u > -l (DeepPoly), always 0 or 1, or that of the upper line. Under "same"
+# the two lines of every activation are parallel: Fast-Lin (Weng et al. 2018, arXiv:1804.09699) and the zonotopes of DeepZ
+# (Singh et al. 2018, NeurIPS).
 SLOPES = ("adaptive", "zero", "one", "same")
 
 
@@ -95,8 +96,10 @@ def _hardtanh(lower: Tensor, upper: Tensor, slope: str, low: float, high: float)
     """Convex up to ``high``, concave from ``low`` on: a chord on one side, a line of slope 0 or 1 on the other.
 
     Where the interval reaches beyond both ends, each side takes the line through the far end and the near corner, or, if that
-    encloses less, the constant; ``slope`` "zero" and "one" choose between the two.
+    encloses less, the constant; ``slope`` "zero" and "one" choose between the two. "same": see ``_parallel_hardtanh``.
     """
+    if slope == "same":
+        return _parallel_hardtanh(lower, upper, low, high)
     at_lower, at_upper = lower.clamp(low, high), upper.clamp(low, high)
     flat = (upper <= low) | (lower >= high)
     linear = (lower >= low) & (upper <= high)
@@ -121,16 +124,31 @@ def _hardtanh(lower: Tensor, upper: Tensor, slope: str, low: float, high: float)
     return Lines(below, above, torch.where(linear, zero, through_below), torch.where(linear, zero, through_above))
 
 
+def _parallel_hardtanh(lower: Tensor, upper: Tensor, low: float, high: float) -> Lines:
+    """Both lines with the chord's slope, through those of the ends and corners that are farthest below and above the chord."""
+    at_lower, at_upper = lower.clamp(low, high), upper.clamp(low, high)
+    linear = (lower >= low) & (upper <= high)
+    wide = ~linear & (upper > low) & (lower < high)  # elsewhere it is a line: the chord of two equal ends is none
+    chord = _ratio(at_upper - at_lower, upper - lower, wide, linear.to(lower.dtype))
+    # The difference from a line has its extremes at the ends and at the corners between them: those beyond an end are moved to it.
+    corners = [torch.minimum(torch.maximum(torch.full_like(lower, at), lower), upper) for at in (low, high)]
+    apart = torch.stack([x.clamp(low, high) - chord * x for x in (lower, *corners, upper)])
+    return Lines(chord, chord, apart.amin(0), apart.amax(0))
+
+
 def _s_shaped(function: Callable[[Tensor], Tensor], derivative: Callable[[Tensor], Tensor]) -> Callable[..., Lines]:
     """Sigmoid and tanh as in DeepPoly (Singh et al. 2019, section 4.3): steepest safe lines through the interval's ends.
 
     Below, through (l, f(l)) with the chord's slope where the function is concave on the interval, else with the smaller of
-    the derivatives at its ends; above, through (u, f(u)) likewise. The ``slope`` rule has no say.
+    the derivatives at its ends; above, through (u, f(u)) likewise. The ``slope`` rule has no say but for "same": then both have
+    the smaller derivative (DeepZ: Singh et al. 2018, theorem 3.2).
     """
 
     def relax(lower: Tensor, upper: Tensor, slope: str) -> Lines:
         at_lower, at_upper = function(lower.contiguous()), function(upper.contiguous())
         flattest = torch.minimum(derivative(at_lower), derivative(at_upper))
+        if slope == "same":
+            return Lines(flattest, flattest, at_lower - flattest * lower, at_upper - flattest * upper)
         chord = _ratio(at_upper - at_lower, upper - lower, upper > lower, flattest)
         # Rounding of a tiny interval must not make the chord steeper or flatter than the function anywhere is.
         chord = torch.maximum(chord, flattest)

@@ -16,9 +16,9 @@ from evocert.certify.verdict import ROUNDING, Deadline, Outcome
 # With so few open neurons the program is asked first; it is then solved in well under a second.
 PROGRAM_FIRST = 24
 # Seconds of branch and bound before the program is asked, and the part of what is left that the program may take. Measured on
-# CNN3 w=16 near its limit (MNIST, eps 0.13, some 1,500 open neurons): branch and bound finds counterexamples within 0.1 s, where
-# the program finds none in 30 s, and proves easy margins as fast; the program proves others in 1 to 4 s that need thousands of
-# domains.
+# CNN3 w=16 near its limit (MNIST, eps 0.13, some 1,500 open neurons): branch and bound finds counterexamples within 0.1 s,
+# where the program finds none in 30 s, and proves easy margins as fast; other margins, which need thousands of domains, the
+# program proves in 1 to 4 s.
 SEARCH_FIRST = 2.0
 PROGRAM_SHARE = 0.5
 

@@ -9,6 +9,7 @@ import math
 from dataclasses import dataclass
 
 import torch
+import zonotope_reference
 from torch import Tensor, nn
 
 from evocert.modules import Normalize, Residual
@@ -27,7 +28,9 @@ SETTINGS = {
     "crown-zero": ("substituted", "zero"),
     "crown-one": ("substituted", "one"),
     "crown-same-slope": ("substituted", "same"),
+    "deepz": ("substituted", "same"),
 }
+NAMES = (*SETTINGS, "hbox")
 
 
 @torch.no_grad()
@@ -37,6 +40,9 @@ def margins(bound: str, module: nn.Module, lower: Tensor, upper: Tensor, label: 
     A tie is where a bound jumps: where another line would be chosen if an interval were a little different. Close to one
     rounding decides, and two implementations may differ by more than rounding.
     """
+    if bound == "hbox":
+        found = zonotope_reference.Hybrid(module, lower, upper)
+        return found.margins(label), found.closest
     reference = Reference(module, lower, upper, *SETTINGS[bound])
     if bound == "ibp":
         return reference.propagated_margins(label), math.inf  # it never jumps
@@ -236,6 +242,10 @@ class Reference:
             return 0.0, value(low), 0.0, value(low)
         if low >= bottom and high <= top:
             return 1.0, 0.0, 1.0, 0.0
+        if self.slope == "same":
+            chord = (value(high) - value(low)) / (high - low)
+            apart = [value(x) - chord * x for x in (low, bottom, top, high) if low <= x <= high]
+            return chord, min(apart), chord, max(apart)
         # Below, the mirror image of what is above.
         above = self.line_above_hardtanh(bottom, top, low, high)
         slope, offset = self.line_above_hardtanh(-top, -bottom, -high, -low)
@@ -248,7 +258,7 @@ class Reference:
             return slope, left - slope * low
         # Beyond its corner (top, top) the function is flat: the constant, or the line from the left end through the corner.
         constant = {"zero": True, "one": False}.get(self.slope, high - top > top - low)
-        if self.slope in ("adaptive", "same"):
+        if self.slope == "adaptive":
             self.tie((high - top) - (top - low))
         if constant:
             return 0.0, top
@@ -258,6 +268,8 @@ class Reference:
     def s_lines(self, function, derivative, low: float, high: float) -> tuple[float, float, float, float]:
         """Below through the left end, above through the right one: with the chord's slope where that is safe."""
         flattest = min(derivative(low), derivative(high))
+        if self.slope == "same":
+            return flattest, function(low) - flattest * low, flattest, function(high) - flattest * high
         chord = (function(high) - function(low)) / (high - low) if high - low > 1e-6 else flattest
         if high - low > 1e-9:
             self.tie(low)

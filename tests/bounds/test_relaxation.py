@@ -1,5 +1,7 @@
 """The lines of every activation lie on their sides of it, over any interval and under every slope rule."""
 
+import math
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -70,6 +72,39 @@ def test_the_slope_rules_of_a_relu_by_hand():
         assert lines.lower_intercept.tolist() == [0.0, 0.0]
         assert lines.upper_slope.tolist() == [0.75, 0.25]
         assert lines.upper_intercept.tolist() == [0.75, 0.75]
+
+
+@pytest.mark.parametrize(("name", "arguments"), CASES)
+def test_parallel_lines_have_one_slope_and_gradients_everywhere(name, arguments):
+    """Also over intervals without width, at every corner."""
+    ends = torch.linspace(-7, 7, 57, dtype=torch.float64)
+    lower, upper = (end.clone().requires_grad_() for end in torch.combinations(ends, with_replacement=True).T)
+    lines = ACTIVATIONS[name].relax(lower, upper, "same", *arguments)
+    assert torch.equal(lines.lower_slope, lines.upper_slope)
+    assert (lines.lower_slope >= 0).all()
+    gradients = torch.autograd.grad(sum(line.sum() for line in lines), (lower, upper))
+    assert all(gradient.isfinite().all() for gradient in gradients)
+    x = lower + 0.0  # a point: both lines are the value there
+    at_a_point = (upper == lower).nonzero()
+    for slope, offset in (lines[::2], lines[1::2]):
+        value = (slope * x + offset)[at_a_point]
+        torch.testing.assert_close(value, ACTIVATIONS[name].function(x, *arguments)[at_a_point])
+
+
+def test_parallel_lines_by_hand():
+    """relu6 over [2, 12]: the chord has slope 4/10, and the corner (6, 6) is the farthest above it.
+
+    tanh over [-1, 2]: the smaller derivative is that at 2. Of a mirrored interval the lines are the mirrored ones.
+    """
+    for sign, arguments in ((1, (0.0, 6.0)), (-1, (-6.0, 0.0))):
+        low, high = sorted((sign * 2.0, sign * 12.0))
+        lines = ACTIVATIONS["hardtanh"].relax(torch.tensor(low), torch.tensor(high), "same", *arguments)
+        least, greatest = sorted((sign * (2 - 0.8), sign * (6 - 2.4)))
+        torch.testing.assert_close(torch.stack(lines), torch.tensor([0.4, 0.4, least, greatest]))
+    lines = ACTIVATIONS["tanh"].relax(torch.tensor(-1.0), torch.tensor(2.0), "same")
+    slope = 1 / math.cosh(2) ** 2
+    expected = [slope, slope, math.tanh(-1) + slope, math.tanh(2) - 2 * slope]
+    torch.testing.assert_close(torch.stack(lines), torch.tensor(expected))
 
 
 def test_the_lines_of_a_clamp_by_hand():

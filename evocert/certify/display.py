@@ -1,0 +1,118 @@
+"""What a user sees of a certification: the running figures, and a table in the end."""
+
+import time
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+from rich.console import Group
+from rich.live import Live
+from rich.progress_bar import ProgressBar
+from rich.table import Table
+from rich.text import Text
+
+from evocert.certify.records import Records, Row
+from evocert.display import PLAIN_SECONDS, REFRESH_SECONDS, Output, clock, percent
+
+
+class Silent:
+    """Reports nothing."""
+
+    def begin(self, title: str, total: int, done: int) -> None:
+        pass
+
+    def working(self, method: str, examples: int) -> None:
+        pass
+
+    def decided(self, rows: Sequence[Row]) -> None:
+        pass
+
+    def stop(self) -> None:
+        pass
+
+
+class Terminal:
+    """Two live lines where stdout is a terminal, otherwise a plain line every ten seconds."""
+
+    def __init__(self) -> None:
+        self._output = Output(highlight=False)
+        self._live: Live | None = None
+        self._counts: Counter[str] = Counter()
+        self._total = self._before = self._done = 0
+        self._method = ""
+        self._began = self._shown = 0.0
+
+    def begin(self, title: str, total: int, done: int) -> None:
+        self._output.print(f"{title}: {total} test images" + (f", {done} on record" if done else ""), soft_wrap=True)
+        self._total, self._before, self._began = total, done, time.monotonic()
+        if self._output.is_terminal:
+            self._live = Live(console=self._output, auto_refresh=False)
+            self._live.start()
+
+    def working(self, method: str, examples: int) -> None:
+        self._method = f"{method} on {examples}"
+        self._show()
+
+    def decided(self, rows: Sequence[Row]) -> None:
+        for row in rows:
+            self._counts[row.verdict] += 1
+        self._done += len(rows)
+        self._show(last=self._done == self._total)
+
+    def stop(self) -> None:
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def _show(self, *, last: bool = False) -> None:
+        now = time.monotonic()
+        if now - self._shown < (REFRESH_SECONDS if self._live else PLAIN_SECONDS) and not last:
+            return
+        self._shown = now
+        new = self._done - self._before
+        left = clock((now - self._began) / new * (self._total - self._done)) if new > 0 else "-"
+        share = {name: percent(count / max(1, self._done)) for name, count in self._counts.items()}
+        natural = percent(1 - self._counts["misclassified"] / max(1, self._done))
+        state = (
+            f"natural {natural}  certified {share.get('certified', '0.0 %')}  attacked {share.get('attacked', '0.0 %')}  "
+            f"undecided {share.get('undecided', '0.0 %')}"
+        )
+        count = f"{self._done}/{self._total}"
+        if self._live is None:
+            self._output.print(f"{count}  {left} left  {self._method}  {state}", markup=False, soft_wrap=True)
+            return
+        line = Table.grid(expand=True, padding=(0, 2, 0, 0))
+        line.add_column(no_wrap=True)
+        line.add_column(ratio=1)
+        line.add_column(no_wrap=True)
+        line.add_row(count, ProgressBar(total=self._total, completed=self._done), f"{left} left")
+        text = Text(f"{state}  {self._method}", no_wrap=True, overflow="ellipsis")
+        self._live.update(Group(line, text), refresh=True)
+
+
+def show_summary(content: dict[str, Any], records: Records, quiet: bool) -> None:
+    """The table at the end, or one line for scripts."""
+    output, certified = Output(highlight=False), content["certified"]
+    if quiet:
+        figures = {name: content[name] for name in ("natural", "attacked", "undecided")} | {
+            "certified": certified["total"]
+        }
+        line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        output.print(f"{records.path('json')}  {line}", markup=False, soft_wrap=True)
+    else:
+        table = Table(safe_box=True)
+        table.add_column(f"{content['examples']} test images, eps = {content['settings']['eps']:.4g}")
+        table.add_column("percent", justify="right")
+        table.add_row("natural", percent(content["natural"]))
+        table.add_row("not broken by a counterexample", percent(content["attacked"]))
+        for name, value in certified.items():
+            if name != "total":
+                table.add_row(f"certified first by {name}", percent(value))
+        table.add_row("certified in total", percent(certified["total"]), end_section=True)
+        table.add_row("undecided", percent(content["undecided"]))
+        output.print(table)
+        output.print(f"{clock(content['seconds'])} of work; {records.path('json')}", markup=False, soft_wrap=True)
+        output.print(str(records.path("jsonl")), markup=False, soft_wrap=True)
+    for found in content["contradictions"]:
+        line = f"example {found['index']} is certified by {found['certified_by']} and broken by {found['broken_by']}"
+        output.print(f"CONTRADICTION: {line}", markup=False, soft_wrap=True)
