@@ -210,6 +210,48 @@ def certify(
         raise typer.Exit(1)
 
 
+@app.command()
+def export(
+    run_folder: Annotated[Path, typer.Argument(metavar="RUN", help="The folder of a finished run.")],
+    out: Annotated[
+        Path | None,
+        typer.Option(
+            metavar="DIR",
+            help="The folder to write: must not exist, or be empty.  [default: export-VERSION-NORMALISATION in RUN]",
+        ),
+    ] = None,
+    examples: Annotated[
+        int | None,
+        typer.Option(
+            parser=_whole_number,
+            metavar="N",
+            help="The first N test images.  [default: 100, or all if there are fewer]",
+        ),
+    ] = None,
+    timeout: Annotated[
+        float, typer.Option(metavar="SECONDS", help="For each property; 6 hours at most for all together.")
+    ] = 100.0,
+    vnnlib: Annotated[str, typer.Option(metavar="1.0|2.0", help="Version of the properties' format.")] = "1.0",
+    normalisation: Annotated[
+        str,
+        typer.Option(
+            metavar="folded|outside", help="In the ONNX file's weights, or left to whoever feeds the network."
+        ),
+    ] = "folded",
+    gz: Annotated[bool, typer.Option("--gz", help="Pack the ONNX and VNN-LIB files.")] = False,
+) -> None:
+    """Write a finished run as a folder that other people's verifiers read: ONNX, VNN-LIB, instances.csv.
+
+    For example: evocert export runs/digits_cnn3/RUN --examples 50 --timeout 60
+    """
+    with _imports():
+        from evocert.export.benchmark import Request, summary
+        from evocert.export.benchmark import export as write
+
+    done = write(Request(run_folder, out, examples, timeout, vnnlib, normalisation, ".gz" if gz else ""))
+    print(summary(done))
+
+
 def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:
     from evocert.display import Silent, Terminal, show_results, summary
 

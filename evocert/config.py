@@ -10,9 +10,10 @@ import evocert
 from evocert.bounds import Tile
 from evocert.data import data_folder
 from evocert.errors import InputError
-from evocert.experiment import PATHS, LoadedProblem, load_problem
+from evocert.experiment import PATHS
 from evocert.networks import statistics
 from evocert.parts import Parts
+from evocert.problem_files import LoadedProblem, load_problem
 from evocert.runs import Run, warn
 
 _KINDS = {

@@ -1,26 +1,22 @@
 """``Experiment``: the frozen, typed and validated description of one run, as a problem file defines it."""
 
 import dataclasses
-import hashlib
 import math
-import os
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from torch import nn
 
 from evocert.bounds import BOUNDS
-from evocert.data import DATASETS, TORCHVISION, data_folder
+from evocert.data import DATASETS
 from evocert.errors import InputError
 from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
 from evocert.schedules import CONSTANT, Schedule
-from evocert.searchers import METHODS
-from evocert.settings import as_float, check_choice, check_range, check_types, nearest, parse_setting, plain, type_of
-from evocert.user_files import UserFile
+from evocert.searchers import METHODS, SAMPLING
+from evocert.settings import as_float, check_choice, check_range, check_types, nearest, plain
 
 # For each optimizer its options: a flag, or a number with a check and its words.
 _DECAY = (lambda value: 0 <= value < 1, "0 or more, less than 1")
@@ -82,7 +78,14 @@ class Experiment:
         generations: how many populations are evaluated, and updates made.
         batch_size: images a generation, the same for every member.
         popsize, stdev_init, center_learning_rate, stdev_learning_rate, optimizer, optimizer_config, ranking_method,
-            symmetric: as of ``evocert.searchers.PGPE`` and EvoTorch; stdev_init is sigma.
+            symmetric: as of ``evocert.searchers.PGPE`` and EvoTorch; stdev_init is sigma. Methods without noise have no use for
+            popsize and stdev_init.
+        clip_norm, l1: of the methods that follow gradients: the gradient's greatest length, and the weight of the parameters'
+            absolute values in the loss.
+        mixture: of "sabr" the share of eps that is the small box's radius; of "mtl-ibp", "cc-ibp" and "exp-ibp" the weight of
+            IBP's part.
+        train_attack_steps, train_attack_step: of the attack that those and "pgd" train on: how many steps, and their length as
+            a share of eps.
         eps_schedule, learning_rate_schedule, stdev_schedule: factors on train_eps, center_learning_rate and stdev_init.
         init_from: a run folder whose network is where the search starts; None: random weights.
         select: "best" keeps the centre with the highest certified accuracy on the validation part, "last" the last one.
@@ -103,9 +106,9 @@ class Experiment:
 
     eps: float
     generations: int
-    popsize: int
-    stdev_init: float
     center_learning_rate: float
+    popsize: int = 2
+    stdev_init: float = 0.0
     data: str = "digits"
     data_dir: str | None = None
     data_path: str | None = None
@@ -125,6 +128,11 @@ class Experiment:
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
     ranking_method: str = "raw"
     symmetric: bool = True
+    clip_norm: float | None = None
+    l1: float = 0.0
+    mixture: float = 0.5
+    train_attack_steps: int = 8
+    train_attack_step: float = 0.25
     eps_schedule: Schedule = CONSTANT
     learning_rate_schedule: Schedule = CONSTANT
     stdev_schedule: Schedule = CONSTANT
@@ -147,7 +155,7 @@ class Experiment:
         for name in settings:
             if name not in names:
                 near = nearest(name, names, 3)
-                raise InputError(f"no setting is called {name}: {_allowed(near, names)}")
+                raise InputError(f"no setting is called {name}: {allowed_names(near, names)}")
         return super().__new__(cls)
 
     def __post_init__(self) -> None:
@@ -199,14 +207,24 @@ class Experiment:
         for name in ("width", "depth"):
             value = getattr(self, name)
             check_range(value is None or 1 <= value <= 2**16, name, value, "1 to 65536, or none")
-        for name in ("stdev_init", "center_learning_rate"):
+        for name in ("center_learning_rate", "train_attack_step"):
             check_range(0 < getattr(self, name) < math.inf, name, getattr(self, name), "a finite number over 0")
-        for name in ("stdev_learning_rate", "checkpoint_seconds"):
+        clip = self.clip_norm
+        check_range(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a finite number over 0, or none")
+        check_range(0 <= self.mixture <= 1, "mixture", self.mixture, "0 to 1")
+        check_range(1 <= self.train_attack_steps < 2**31, "train_attack_steps", self.train_attack_steps, "1 or more")
+        for name in ("stdev_init", "stdev_learning_rate", "l1", "checkpoint_seconds"):
             check_range(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, 0 or more")
         check_range(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, less than 2**63")
         check_range(2 <= self.popsize < 2**31, "popsize", self.popsize, "2 or more, less than 2**31")
         even = not self.symmetric or self.popsize % 2 == 0
         check_range(even, "popsize", self.popsize, "an even number, with symmetric=true")
+        if self.method in SAMPLING:
+            good = self.stdev_init > 0
+            check_range(good, "stdev_init", self.stdev_init, f"a finite number over 0, with method={self.method}")
+        if self.method != "pgpe":
+            for name, value in (("num_actors", self.num_actors), ("stdev_learning_rate", self.stdev_learning_rate)):
+                check_range(value == 0, name, value, f"0, with method={self.method}")
 
     def _check_optimizer(self) -> None:
         if self.optimizer is not None:
@@ -263,134 +281,5 @@ class Experiment:
         return {f.name: plain(getattr(self, f.name)) for f in dataclasses.fields(self)}
 
 
-@dataclass(frozen=True)
-class LoadedProblem:
-    """A problem file that was run, with the overrides applied.
-
-    Attributes:
-        experiment: what it defines, after the overrides, paths absolute.
-        file: the file that was run.
-        overrides: as given, but for paths, which no longer depend on the current folder.
-    """
-
-    experiment: Experiment
-    file: UserFile
-    overrides: tuple[str, ...]
-
-    @property
-    def sha256(self) -> str:
-        return hashlib.sha256(self.file.source).hexdigest()
-
-
-def load_problem(
-    path: Path, overrides: Sequence[str] = (), *, original: Path | None = None, name: str | None = None
-) -> LoadedProblem:
-    """Run a problem file and apply ``KEY=VALUE`` overrides.
-
-    Args:
-        path: the file; it must define ``experiment = evocert.Experiment(...)``.
-        overrides: as given to ``--set``.
-        original: of which it is a copy: relative paths and imports are looked up in that one's folder.
-        name: the problem's name; by default the file's.
-
-    Raises:
-        InputError: the file is missing, is no Python, raises, or defines no experiment; or an override is wrong.
-    """
-    file = UserFile(path, original)
-    experiment = file.run().get("experiment")
-    if not isinstance(experiment, Experiment):
-        found = "no experiment" if experiment is None else f"an experiment of type {type(experiment).__name__}"
-        raise InputError(f"problem file {path} defines {found}: it must define experiment = evocert.Experiment(...)")
-    # Paths in the file are relative to the file; paths on the command line to where the user is.
-    changes: dict[str, Any] = _absolute({key: getattr(experiment, key) for key in (*PATHS, "data")}, file.base)
-    changes["problem"] = experiment.problem or name or path.stem
-    if not isinstance(experiment.network, str | nn.Module):
-        changes["network"] = file.function(experiment.network)
-    changes["loggers"] = [file.function(f) if callable(f) else f for f in experiment.loggers]
-    experiment = apply_overrides(dataclasses.replace(experiment, **changes), overrides)
-    if experiment.data in TORCHVISION and (folder := os.environ.get("EVOCERT_DATA")) and not experiment.data_dir:
-        experiment = dataclasses.replace(experiment, data_dir=str(data_folder(folder)))
-    if not experiment.problem:
-        experiment = dataclasses.replace(experiment, problem=changes["problem"])
-    return LoadedProblem(experiment, file, tuple(_recorded(override, experiment) for override in overrides))
-
-
-def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experiment:
-    """``KEY=VALUE`` settings on an experiment. KEY is a dotted name or, where that is unique, its last part.
-
-    All are applied before the result is validated, so that settings that belong together can be changed together. The last
-    of several for one setting counts. Relative paths are relative to the current folder.
-
-    Raises:
-        InputError: an unknown or ambiguous name, a wrong type, an impossible value.
-    """
-    changes: dict[str, Any] = {}
-    groups: dict[str, dict[str, Any]] = {}
-    for override in overrides:
-        key, separator, text = override.partition("=")
-        if not separator or not key.strip():
-            raise InputError(f"--set {override}: allowed is KEY=VALUE")
-        group, name, kind = _resolve(experiment, key.strip())
-        value = parse_setting(key.strip(), text, kind)
-        if group is None:
-            changes[name] = value
-        else:
-            groups.setdefault(group, {})[name] = value
-    changes |= _absolute(changes, Path.cwd())
-    for group, values in groups.items():
-        before = getattr(experiment, group)
-        if isinstance(before, Schedule) and values.get("shape") == "constant":
-            before = CONSTANT  # what the other shape was is of no more interest
-        try:
-            is_dict = isinstance(before, Mapping)
-            changes[group] = {**before, **values} if is_dict else dataclasses.replace(before, **values)
-        except InputError as error:
-            raise InputError(f"{group}: {error}") from error
-    return dataclasses.replace(experiment, **changes)
-
-
-def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str, Any]:
-    """The group (or None), the name and the type of a setting."""
-    names: dict[str, tuple[str | None, str, Any]] = {}
-    for outer in dataclasses.fields(Experiment):
-        value = getattr(experiment, outer.name)
-        if outer.name == "optimizer_config":
-            options = {name: kind for some in OPTIMIZERS.values() for name, kind in some.items()}
-            for name, kind in sorted(options.items(), key=lambda option: option[0]):
-                names[f"{outer.name}.{name}"] = (outer.name, name, bool | None if kind is bool else float | None)
-        elif dataclasses.is_dataclass(value):
-            kinds = {f.name: type_of(type(value), f.name) for f in dataclasses.fields(value)}
-            names |= {f"{outer.name}.{name}": (outer.name, name, kind) for name, kind in kinds.items()}
-        else:
-            names[outer.name] = (None, outer.name, type_of(Experiment, outer.name))
-    if key in names:
-        return names[key]
-    members = [name for name in names if name.startswith(f"{key}.")]
-    if members:
-        raise InputError(f"--set {key}: a group of settings, allowed is one of {', '.join(members)}")
-    matches = [name for name in names if name.rpartition(".")[2] == key]
-    if len(matches) == 1:
-        return names[matches[0]]
-    if matches:
-        raise InputError(f"--set {key}: stands for several settings, allowed is one of {', '.join(matches)}")
-    last_parts = {name.rpartition(".")[2]: name for name in names}
-    near = dict.fromkeys(last_parts.get(name, name) for name in nearest(key, [*names, *last_parts], 3))
-    raise InputError(f"--set {key}: no such setting; {_allowed(list(near), list(names))}")
-
-
-def _allowed(near: list[str], names: list[str]) -> str:
+def allowed_names(near: list[str], names: list[str]) -> str:
     return f"nearest are {', '.join(near)}" if near else f"allowed are {', '.join(names)}"
-
-
-def _absolute(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:
-    """Those settings that are paths, no longer relative."""
-    paths = {key: settings[key] for key in PATHS if settings.get(key)}
-    if str(settings.get("data", "")).endswith(".npz"):
-        paths["data"] = settings["data"]
-    return {key: str((base / os.path.expanduser(path)).resolve()) for key, path in paths.items()}
-
-
-def _recorded(override: str, experiment: Experiment) -> str:
-    key = override.partition("=")[0].strip()
-    is_path = key in PATHS or (key == "data" and experiment.data.endswith(".npz"))
-    return f"{key}={getattr(experiment, key)}" if is_path else override

@@ -4,6 +4,9 @@ import contextlib
 import fcntl
 import io
 import os
+import shutil
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
 from evocert.errors import InputError
@@ -72,3 +75,36 @@ def sync_names(folder: Path) -> None:
             os.fsync(handle)
     finally:
         os.close(handle)
+
+
+@contextlib.contextmanager
+def folder_at_once(path: Path) -> Iterator[Path]:
+    """``with folder_at_once(path) as folder:`` a folder to write in, which becomes ``path`` at the end, or else is removed.
+
+    Raises:
+        InputError: there is something at ``path`` that is no empty folder, or its parent cannot be written to.
+        OSError: whatever the body raises; also at the end, where someone has put something at ``path`` meanwhile.
+    """
+    path = path.resolve()  # through links: a folder cannot take a link's place
+    temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:6]}.tmp")
+    made = [parent for parent in path.parents if not parent.exists()]
+    try:
+        if path.exists() and not path.is_dir():
+            raise InputError(f"folder {path}: there is a file of that name")
+        if path.exists() and any(path.iterdir()):
+            raise InputError(f"folder {path} is not empty: allowed is one that does not exist, or is empty")
+        temporary.mkdir(parents=True)
+    except (FileExistsError, NotADirectoryError) as error:
+        raise InputError(f"folder {path}: there is a file of the name of one of its parents") from error
+    except OSError as error:
+        raise InputError(f"folder {path} cannot be written to: {error.strerror}") from error
+    try:
+        yield temporary
+        temporary.rename(path)
+        sync_names(path.parent)
+    except BaseException:
+        shutil.rmtree(temporary, ignore_errors=True)
+        for folder in made:
+            with contextlib.suppress(OSError):  # another process may have put something in a parent
+                folder.rmdir()
+        raise

@@ -56,6 +56,8 @@ def load_finished(path: Path) -> Finished:
             raise InputError(f"{path} is no run folder: it has no {name}")
     if not run.finished:
         raise InputError(f"run {path} is not finished: evocert resume {path}")
+    if not (path / "network.onnx").is_file():
+        raise InputError(f"run {path} has no network.onnx, which a finished run has: allowed is a whole run folder")
     results = run.read_results()
     found = config.reload(run)
     config.check_imported(run, found.loaded)
@@ -67,7 +69,15 @@ def load_finished(path: Path) -> Finished:
         module = build_module(experiment, data).cpu().eval()
     if found.statistics:
         networks.set_statistics(module, found.statistics)
-    state = run.load_checkpoint(warn, accept=lambda state: chosen_centre(state, experiment.select))
+    expected = sum(p.numel() for p in module.parameters())
+
+    def accept(state: dict[str, Any]) -> None:
+        if not state["trained"]:  # the one before the last: the results are of another network
+            raise ValueError("it is not the run's last")
+        if (count := len(chosen_centre(state, experiment.select))) != expected:
+            raise ValueError(f"it has {count} parameters, the network {expected}")
+
+    state = run.load_checkpoint(warn, accept)
     if state is None:
         raise InputError(f"run {path} has no checkpoint: its network cannot be read back")
     parameters = chosen_centre(state, experiment.select).float()

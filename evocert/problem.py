@@ -3,7 +3,7 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -24,7 +24,9 @@ from evocert.bounds import (
 from evocert.errors import InputError
 from evocert.losses import cross_entropy_of_margins
 from evocert.memory import parse_bytes
+from evocert.minibatches import Minibatch, drawn_noise, drawn_rows
 from evocert.networks import flat_parameters
+from evocert.objectives import OBJECTIVES, Options
 
 STALLED_GENERATIONS = 3
 
@@ -40,16 +42,6 @@ class Images(Protocol):
     def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
         """Images float32 ``[B, C, H, W]`` in [0, 1], labels int64 ``[B]``."""
         ...
-
-
-class Minibatch(NamedTuple):
-    """What one generation is judged on, the same for every member."""
-
-    generation: int
-    images: Tensor  # [B, C, H, W] in [0, 1]
-    labels: Tensor  # [B]
-    eps: float
-    natural: bool  # whether the natural loss is computed too
 
 
 def _checked_eps(eps: Any) -> float:
@@ -167,9 +159,8 @@ class CertifiedTraining(Problem):
 
     def minibatch(self, generation: int) -> Minibatch:
         """The images, labels and eps of a generation: a function of (seed, generation) alone."""
-        generator = np.random.Generator(np.random.Philox(key=np.array([self._minibatch_seed, generation], np.uint64)))
-        rows = generator.choice(len(self._data), self.batch_size, replace=False, shuffle=False)
-        images, labels = self._data.batch(torch.from_numpy(np.sort(rows)))
+        rows = drawn_rows(self._minibatch_seed, generation, len(self._data), self.batch_size)
+        images, labels = self._data.batch(rows)
         if int(labels.max()) >= self.network.num_classes:
             raise InputError(
                 f"label {int(labels.max())} of a training image: allowed is 0 to {self.network.num_classes - 1}, the network's "
@@ -214,33 +205,75 @@ class CertifiedTraining(Problem):
             ``[P]`` and ``[P, D]``.
         """
         minibatch = self.minibatch(self.generation if generation is None else generation)
+        losses, gradients = self._differentiated(self._checked(parameters), minibatch, "certified", {})
+        return losses[:, 0], gradients
 
-        def on_tile(members: Members, images: Tensor, labels: Tensor) -> Tensor:
-            return cross_entropy_of_margins(
-                BOUNDS[self.bound].margins(members, box_around(images, minibatch.eps), labels)
-            )
+    def descend(self, parameters: Tensor, objective: str, **options: Any) -> tuple[Tensor, Tensor]:
+        """As ``value_and_gradient`` of an objective on the next generation's minibatch, which then counts as evaluated.
+
+        The status is that of the evaluation: eps, and for "certified" the certified share.
+
+        Args:
+            parameters: ``[P, D]``.
+            objective: a name in ``objectives.OBJECTIVES``.
+            options: of ``objectives.Options``, but bound and eps.
+
+        Raises:
+            NonFiniteFitnessError: no member had a finite loss and gradient in several generations in a row.
+        """
+        minibatch = self._current_minibatch()
+        columns, gradients = self._differentiated(self._checked(parameters), minibatch, objective, options)
+        finite = columns[:, 0].isfinite() & gradients.isfinite().all(1)
+        self.nonfinite_evals += int((~finite).sum())
+        status: dict[str, Any] = {"eps": minibatch.eps, "nonfinite_evals": self.nonfinite_evals}
+        for name, column in (("natural_loss", 1), ("certified", 2)):
+            value = columns[:, column].mean().item()
+            if not np.isnan(value):
+                status[name] = value
+        self.status.clear()
+        self.status.update(status)
+        self._advance(stalled=not bool(finite.any()))
+        return columns[:, 0], gradients
+
+    def _differentiated(
+        self, parameters: Tensor, minibatch: Minibatch, objective: str, options: dict[str, Any]
+    ) -> tuple[Tensor, Tensor]:
+        """Means over the minibatch ``[P, 3]``, as the columns of ``_columns``, and gradients ``[P, D]`` of the first."""
+        wanted = Options(self.bound, minibatch.eps, **options)
+
+        def on_tile(members: Members, images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
+            if objective == "certified":
+                return self._losses(members, images, labels, minibatch)
+            loss = OBJECTIVES[objective](members, images, labels, noise, wanted)
+            nothing = torch.full_like(loss, torch.nan)
+            return torch.stack((loss, nothing, nothing), 2)
 
         images = minibatch.images.to(parameters.device, parameters.dtype)
-        inputs = images, minibatch.labels.to(parameters.device)
-        losses, gradients = value_and_gradient(on_tile, self.network, self._checked(parameters), inputs, self.tile)
-        return losses.mean(1), gradients / len(images)
+        noise = drawn_noise(self._minibatch_seed, minibatch.generation, images)
+        inputs = images, minibatch.labels.to(parameters.device), noise
+        tile = self.tile if objective == "certified" else self.tile._replace(members=1)
+        columns, gradients = value_and_gradient(on_tile, self.network, parameters, inputs, tile)
+        return columns.mean(1), gradients / len(images)
 
     def _columns(self, parameters: Tensor, minibatch: Minibatch) -> Tensor:
         """``[P, B, 3]``: certified loss, natural loss (NaN if it is not wanted), certified or not as 1 or 0."""
-        bound = BOUNDS[self.bound]
 
         def on_tile(members: Members, images: Tensor, labels: Tensor) -> Tensor:
-            margins = bound.margins(members, box_around(images, minibatch.eps), labels)
-            loss = cross_entropy_of_margins(margins)
-            if minibatch.natural:
-                natural = cross_entropy_of_margins(logit_margins(members.logits(images), labels))
-            else:
-                natural = torch.full_like(loss, torch.nan)
-            return torch.stack((loss, natural, (margins > 0).all(2).to(loss.dtype)), 2)
+            return self._losses(members, images, labels, minibatch)
 
         images = minibatch.images.to(parameters.device, parameters.dtype)
         labels = minibatch.labels.to(parameters.device)
         return over_tiles(on_tile, self.network, parameters, (images, labels), self.tile)
+
+    def _losses(self, members: Members, images: Tensor, labels: Tensor, minibatch: Minibatch) -> Tensor:
+        """The columns of ``_columns`` on a tile."""
+        margins = BOUNDS[self.bound].margins(members, box_around(images, minibatch.eps), labels)
+        loss = cross_entropy_of_margins(margins)
+        if minibatch.natural:
+            natural = cross_entropy_of_margins(logit_margins(members.logits(images), labels)).detach()
+        else:
+            natural = torch.full_like(loss, torch.nan)
+        return torch.stack((loss, natural, (margins > 0).all(2).to(loss.dtype)), 2)
 
     # What EvoTorch calls
 
@@ -268,12 +301,18 @@ class CertifiedTraining(Problem):
         """Evaluate a population (or one solution) on the minibatch of ``self.generation``, which then advances by one."""
         super().evaluate(x)
         if self.is_main:
-            self.generation += 1
-            if self.stalled_generations >= STALLED_GENERATIONS:
-                raise NonFiniteFitnessError(
-                    f"no member had a finite loss in {self.stalled_generations} generations in a row: the parameters have "
-                    "grown too large; lower the learning rate, sigma or eps"
-                )
+            self._advance()
+
+    def _advance(self, *, stalled: bool | None = None) -> None:
+        """A generation is evaluated. ``stalled``: whether all of it was not finite, where that is not counted yet."""
+        self.generation += 1
+        if stalled is not None:
+            self.stalled_generations = self.stalled_generations + 1 if stalled else 0
+        if self.stalled_generations >= STALLED_GENERATIONS:
+            raise NonFiniteFitnessError(
+                f"no member had a finite loss in {self.stalled_generations} generations in a row: the parameters have "
+                "grown too large; lower the learning rate, sigma or eps"
+            )
 
     def sample_and_compute_gradients(self, *args: Any, **kwargs: Any) -> Any:
         """As EvoTorch's; with actors it is the distributed mode, where it stands for the evaluation of a population."""

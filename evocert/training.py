@@ -14,11 +14,11 @@ from torch import Tensor
 from evocert import bounds, config, evaluation, networks
 from evocert.display import Display
 from evocert.errors import InputError
-from evocert.experiment import load_problem
 from evocert.export.onnx import ExportError, export_onnx
 from evocert.logging import attach_loggers, close_loggers, kept_rows
 from evocert.memory import parse_bytes
 from evocert.parts import Parts, build, chosen_centre
+from evocert.problem_files import load_problem
 from evocert.runs import Run, environment, warn
 
 ONNX_IMAGES = 100  # test images on which the exported file is compared with torch

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from evocert.display import Silent
-from evocert.experiment import load_problem
+from evocert.problem_files import load_problem
 from evocert.training import start
 
 PROBLEMS = Path(__file__).parent.parent / "problems"

@@ -30,7 +30,7 @@ def test_links_lead_somewhere():
 
 @pytest.mark.parametrize("path", sorted((ROOT / "problems").glob("*.py")), ids=lambda p: p.stem)
 def test_problem_files_load_and_fit_a_screen(path):
-    from evocert.experiment import load_problem
+    from evocert.problem_files import load_problem
 
     assert load_problem(path).experiment.problem == path.stem
     assert len(path.read_text().splitlines()) <= 60

@@ -20,7 +20,7 @@ from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
-from evocert.experiment import load_problem
+from evocert.problem_files import load_problem
 from evocert.runs import CHECKPOINT, Run
 from evocert.training import Interrupted, Unwritable, resume, start
 

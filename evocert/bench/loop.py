@@ -40,6 +40,7 @@ PLAIN = {  # the bounds that the loop knows
     "crown-zero": Plain(slope="zero"),
     "crown-one": Plain(slope="one"),
     "crown-same-slope": Plain(slope="same"),
+    "deepz": Plain(slope="same"),
 }
 
 

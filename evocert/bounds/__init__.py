@@ -124,8 +124,8 @@ BOUNDS: dict[str, Bound] = {
     "crown-zero": _deeppoly(slope="zero"),
     "crown-one": _deeppoly(slope="one"),
     "crown-same-slope": _deeppoly(slope="same"),
-    # The zonotopes of Singh et al. 2018. A relaxed neuron is slope x + middle + radius e with an e of its own: both lines have one
-    # slope, and the coefficient of e in a later neuron is that neuron's row here. So its interval is crown-same-slope's.
+    # The zonotopes of Singh et al. 2018, and the same bound as the one above: there a relaxed neuron is slope x + middle +
+    # radius e with an e of its own; what e weighs in a later neuron is the coefficient that the later neuron's row has here.
     "deepz": _deeppoly(slope="same"),
     "hbox": Bound(hbox.margins, _substitution, lambda members, box: hbox.relaxing(members, box)[0].intervals),
     "alpha-crown": Bound(

@@ -130,7 +130,7 @@ def _parallel_hardtanh(lower: Tensor, upper: Tensor, low: float, high: float) ->
     linear = (lower >= low) & (upper <= high)
     wide = ~linear & (upper > low) & (lower < high)  # elsewhere it is a line: the chord of two equal ends is none
     chord = _ratio(at_upper - at_lower, upper - lower, wide, linear.to(lower.dtype))
-    # The difference from a line has its extremes at the ends and at the corners between them: those beyond an end are moved to it.
+    # The difference from a line is least and greatest at ends or at corners between them; corners beyond are moved to the ends.
     corners = [torch.minimum(torch.maximum(torch.full_like(lower, at), lower), upper) for at in (low, high)]
     apart = torch.stack([x.clamp(low, high) - chord * x for x in (lower, *corners, upper)])
     return Lines(chord, chord, apart.amin(0), apart.amax(0))

@@ -126,26 +126,27 @@ def over_tiles(
 def value_and_gradient(
     on_tile: OnTile, network: Network, parameters: Tensor, inputs: tuple[Tensor, ...], tile: Tile
 ) -> tuple[Tensor, Tensor]:
-    """Values ``[P, B]`` for every member and image, and the gradient ``[P, D]`` of each member's sum over the images.
+    """Values ``[P, B, n]`` for every member and image, and the gradient ``[P, D]`` of each member's sum of the first of them.
 
     Tile by tile, each with a graph of its own: the memory is that of the tiles that are worked on at once, where the graph of
     a sum over all tiles would keep them all.
 
     Args:
-        on_tile: (members, *inputs) -> ``[P', B']``.
+        on_tile: (members, *inputs) -> ``[P', B', n]``.
         parameters: ``[P, D]``.
         inputs: tensors ``[B, ...]``, B >= 1.
         tile: its shape.
     """
     columns = _columns(inputs, tile)
-    rows = _parts(len(parameters), tile.members, parameters.device)
+    # A few members alone, as the gradient methods have them, need no padding: their bits are compared with nobody's.
+    rows = _parts(len(parameters), min(tile.members, len(parameters)), parameters.device)
 
     def work(job: tuple[tuple[slice | Tensor, int], tuple[tuple[Tensor, ...], int]]) -> tuple[Tensor, Tensor]:
         (members, kept_members), (part, kept) = job
         with torch.enable_grad():
             own = parameters[members].detach().requires_grad_()
             values = on_tile(network.bind(own), *part)[:kept_members, :kept]
-            (gradient,) = torch.autograd.grad(values.sum(), own)
+            (gradient,) = torch.autograd.grad(values[..., 0].sum(), own)
         return values.detach(), gradient[:kept_members]
 
     jobs = [(row, column) for row in rows for column in columns]

@@ -40,6 +40,11 @@ class Domain:
     alpha: Tensor
     beta: Tensor
 
+    @property
+    def open(self) -> int:
+        """Neurons of which no sign is assumed."""
+        return int((self.signs == 0).sum())
+
     def __lt__(self, other: "Domain") -> bool:
         return self.bound < other.bound
 
@@ -82,7 +87,7 @@ class Search:
         box: one box ``[1, C, H, W]``.
         label, rival: whose difference is to be positive.
         root: the relaxations over the whole box.
-        program: makes the linear program of the box; it raises MemoryError where that is too large.
+        program: gives the linear program of the box, or None where that is too large.
     """
 
     def __init__(
@@ -92,7 +97,7 @@ class Search:
         label: int,
         rival: int,
         root: Relaxing,
-        program: Callable[[], Milp],
+        program: Callable[[], Milp | None],
     ) -> None:
         self.members, self.label, self.rival = members, label, rival
         self.program = program
@@ -103,7 +108,10 @@ class Search:
         self.waiting: list[Domain] | None = None  # whose bounds are not positive; None before the first call
 
     def decide(self, deadline: Deadline) -> Outcome:
-        """What is true of the margin in the box, or "undecided" if the time is over: then another call goes on."""
+        """What is true of the margin in the box, or "undecided" if the time is over: then another call goes on.
+
+        A domain leaves ``waiting`` for good only when it is proved, or replaced by its halves.
+        """
         self.deadline = deadline
         found: list[Domain] | Tensor = []
         if self.waiting is None:
@@ -123,21 +131,32 @@ class Search:
             if deadline.over:
                 return Outcome("undecided")
             taken = [heapq.heappop(self.waiting) for _ in range(min(len(self.waiting), BATCH // 2))]
-            small = [domain for domain in taken if int((domain.signs == 0).sum()) <= LEAF]
-            for domain in small:
-                outcome = self._solved(domain)
+            left: list[Domain] = []
+            outcome = Outcome("certified")
+            for domain in taken:
+                if outcome.verdict != "attacked":
+                    outcome = self._solved(domain)
                 if outcome.verdict != "certified":
-                    return outcome
-            large = [domain for domain in taken if int((domain.signs == 0).sum()) > LEAF]
-            found = self._split(large) if large else []
+                    left.append(domain)
+            if outcome.verdict == "attacked" or self.deadline.over or any(domain.open == 0 for domain in left):
+                for domain in left:
+                    heapq.heappush(self.waiting, domain)
+                return outcome if outcome.verdict == "attacked" else Outcome("undecided")
+            found = self._split(left) if left else []
+
+    def programmed(self, deadline: Deadline, signs: Tensor | None = None) -> Outcome:
+        """By the program alone. What it calls a counterexample within its tolerances is "undecided" unless it is one."""
+        program = self.program()
+        if program is None:
+            return Outcome("undecided")
+        outcome = program.solve(self.label, self.rival, deadline, None if signs is None else signs.numpy())
+        if outcome.point is not None and not bool(self._margins(outcome.point.unsqueeze(0)) <= 0):
+            return Outcome("undecided")
+        return outcome
 
     def _solved(self, domain: Domain) -> Outcome:
-        """By the linear program, which is exact where few signs are open."""
-        try:
-            program = self.program()
-        except MemoryError:
-            return Outcome("undecided")
-        return program.solve(self.label, self.rival, self.deadline, domain.signs.numpy())
+        """By the linear program, which is exact where few signs are open; others are left undecided."""
+        return self.programmed(self.deadline, domain.signs) if domain.open <= LEAF else Outcome("undecided")
 
     def _split(self, domains: list[Domain]) -> "list[Domain] | Tensor":
         """Both halves of each domain, or a point that breaks the network."""
@@ -208,10 +227,14 @@ class Search:
         centre, radius = (each[0] for each in self.box.centred)
         points = centre - radius * from_cell(at_input[0, :, 0, 0], tuple(self.radius.shape[2:])).sign()
         points = points.clamp(self.box.lower, self.box.upper)
-        logits = self.members.logits(points)[0]
-        margins = logits[:, self.label] - logits[:, self.rival]
+        margins = self._margins(points)
         least = int(margins.argmin())
         return points[least] if bool(margins[least] <= 0) else None
+
+    def _margins(self, points: Tensor) -> Tensor:
+        """Of points ``[N, C, H, W]``."""
+        logits = self.members.logits(points)[0]
+        return logits[:, self.label] - logits[:, self.rival]
 
     def _substituted(self, signs: Tensor, alpha: Tensor, beta: Tensor) -> tuple[Relaxations, Tensor]:
         relaxations, lower, _ = self._all(signs, alpha, beta)

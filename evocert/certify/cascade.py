@@ -7,7 +7,7 @@ that what is found does not depend on where a process before this one was stoppe
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -117,6 +117,7 @@ class _Block:
         correct = (logits.argmax(1) == self.labels) & ((logits >= logits.amax(1, keepdim=True)).sum(1) == 1)
         self.predictions = logits.argmax(1)
         self.found: dict[int, Row] = {}
+        self.broken: dict[int, Tensor] = {}  # points of the check
         for place in (~correct).nonzero().flatten().tolist():
             self._note(place, "misclassified", "clean")
         for method in self.settings.methods:
@@ -141,12 +142,20 @@ class _Block:
     def _note(self, place: int, verdict: Verdict, by: str | None, point: Tensor | None = None) -> None:
         index = self.indices[place]
         stored = None if point is None or index not in self.missing else self.records.store(index, point)
-        tried = None
-        if verdict == "undecided":
-            tried = {"methods": list(self.settings.methods), "timeout": self.settings.timeout}
+        tried = self._tried(index) if verdict == "undecided" else None
         self.found[place] = Row(
             index, int(self.labels[place]), int(self.predictions[place]), verdict, by, 0.0, stored, tried
         )
+
+    def _tried(self, index: int) -> dict[str, Any]:
+        """What has not decided an example, now and before."""
+        row = self.records.rows.get(index)
+        before = (row.tried if row is not None else None) or {"methods": [], "timeout": 0.0}
+        timeout = self.settings.timeout if "exact" in self.settings.methods else 0.0
+        return {
+            "methods": list(dict.fromkeys([*before["methods"], *self.settings.methods])),
+            "timeout": max(timeout, before["timeout"]),
+        }
 
     def _bound(self, name: str, places: Tensor) -> None:
         network, parameters = self.subject.network, self.subject.parameters.double().unsqueeze(0)
@@ -196,16 +205,20 @@ class _Block:
         broken = found.broken.nonzero().flatten()
         replayed = self.subject.replayed(found.points[broken], self.labels[places[broken]])
         for one in broken[replayed].tolist():
-            row = self.found.get(int(places[one]))
-            if row is not None and row.verdict == "certified":
-                stored = self.records.store(row.index, found.points[one])
-                self.found[int(places[one])] = replace(row, contradicted="attack", point=stored)
+            self.broken[int(places[one])] = found.points[one]
 
     def _record(self, places: list[int]) -> None:
-        rows = [replace(self.found[place], seconds=float(self.seconds[place])) for place in places]
-        rows = [row for row in rows if row.index in self.missing]
+        rows = [self._final(place) for place in places if self.indices[place] in self.missing]
         self.records.add(rows)
         self.show.decided(rows)
+
+    def _final(self, place: int) -> Row:
+        """With its seconds, and with what the check found against it."""
+        row = replace(self.found[place], seconds=float(self.seconds[place]))
+        if row.verdict == "certified" and place in self.broken:
+            stored = self.records.store(row.index, self.broken[place])
+            row = replace(row, contradicted="attack", point=stored)
+        return row
 
     def _exactly(self, solver: Solver) -> None:
         places = [place for place in self._open().tolist() if self.indices[place] in self.missing]

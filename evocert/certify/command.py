@@ -115,7 +115,7 @@ def certify(prepared: Prepared, settings: Settings, show: Show) -> tuple[dict[st
         except KeyboardInterrupt:
             done = sum(index in records.rows for index in prepared.indices)
             raise CertifyStopped(
-                f"stopped; {done} of {len(prepared.indices)} examples are decided in {records.path('jsonl')}, and the same "
+                f"stopped; {done} of {len(prepared.indices)} examples are on record in {records.path('jsonl')}, and the same "
                 "command goes on"
             ) from None
         finally:

@@ -49,8 +49,11 @@ def decide(members: Members, box: Box, label: int, deadline: Deadline, replay: C
     intervals = {node: relaxed.interval for node, relaxed in root.relaxations.items()}
 
     @cache
-    def program() -> Milp:
-        return Milp(members, box, intervals)
+    def program() -> Milp | None:
+        try:
+            return Milp(members, box, intervals)
+        except MemoryError:  # too large to be written out
+            return None
 
     undecided = False
     for place in lower.argsort().tolist():  # the weakest first: a counterexample is likeliest there
@@ -66,21 +69,14 @@ def decide(members: Members, box: Box, label: int, deadline: Deadline, replay: C
 def _margin(search: Search, deadline: Deadline) -> Outcome:
     """One margin: what is likely to be fastest first, then the other, then the first again."""
     if search.open <= PROGRAM_FIRST:
-        outcome = _programmed(search, deadline)
+        outcome = search.programmed(deadline)
         return outcome if outcome.verdict != "undecided" else _searched(search, deadline)
     outcome = _searched(search, deadline.within(SEARCH_FIRST))
     if outcome.verdict == "undecided":
-        outcome = _programmed(search, deadline.within(PROGRAM_SHARE * deadline.left))
+        outcome = search.programmed(deadline.within(PROGRAM_SHARE * deadline.left))
     return outcome if outcome.verdict != "undecided" else _searched(search, deadline)
 
 
 def _searched(search: Search, deadline: Deadline) -> Outcome:
     with torch.enable_grad():
         return search.decide(deadline)
-
-
-def _programmed(search: Search, deadline: Deadline) -> Outcome:
-    try:
-        return search.program().solve(search.label, search.rival, deadline)
-    except MemoryError:  # too large to be written out
-        return Outcome("undecided")

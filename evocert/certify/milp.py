@@ -7,6 +7,7 @@ variables as there are inputs and twice the open neurons, and four rows for each
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import scipy.optimize
@@ -136,7 +137,7 @@ class Milp:
             bounds=scipy.optimize.Bounds(
                 np.concatenate([self.low, assumed > 0]), np.concatenate([self.high, assumed >= 0])
             ),
-            constraints=[*self._neurons(), self._only_small(margin, tolerance)],
+            constraints=[*self._neurons, self._only_small(margin, tolerance)],
             options={"time_limit": deadline.left},
         )
         if result.status == 2:  # no margin as small as the tolerance
@@ -151,6 +152,7 @@ class Milp:
         parts = torch.where(self.radius > 0, deviations / self.radius, 0.0)
         return Outcome("attacked", (centre + parts * radius).clamp(self.box.lower[0], self.box.upper[0]))
 
+    @cached_property
     def _neurons(self) -> list[scipy.optimize.LinearConstraint]:
         """For each open neuron, z in [l, u], with output a >= 0 and binary d: a >= z, a <= u d, a <= z - l (1 - d)."""
         count = len(self.open)

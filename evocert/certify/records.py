@@ -1,11 +1,12 @@
 """What is on record of each example: one JSON object a line, appended as it is found."""
 
+import io
 import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import numpy as np
 from torch import Tensor
@@ -92,6 +93,11 @@ class Records:
             records = cls(folder, name)
             records._lock = lock
             if _read(records.path("json")) is None:
+                if (rows := records.path("jsonl")).exists():  # the key is always written first
+                    raise InputError(
+                        f"{rows}: {records.path('json').name} is gone, which says what the records are about; "
+                        "move the file away to begin anew"
+                    )
                 records.write({"key": key})
             records._load()
         except BaseException:
@@ -124,13 +130,9 @@ class Records:
         folder = self.folder / f"{self.name}-counterexamples"
         folder.mkdir(exist_ok=True)
         path = folder / f"{index:06}.npy"
-        temporary = folder / f".{index:06}.tmp.npy"
-        try:
-            np.save(temporary, point.numpy())
-            os.replace(temporary, path)
-        except BaseException:
-            temporary.unlink(missing_ok=True)
-            raise
+        content = io.BytesIO()
+        np.save(content, point.numpy())
+        write_atomically(path, content.getvalue())  # on the disk before the row that names it
         return str(path.relative_to(self.folder))
 
     def close(self) -> None:
@@ -149,6 +151,8 @@ class Records:
                 continue
             try:
                 row = Row(**json.loads(line))
+                if type(row.index) is not int or row.verdict not in get_args(Verdict):
+                    raise ValueError("no index, or no verdict")
             except (ValueError, TypeError) as error:
                 if number == len(lines):
                     break

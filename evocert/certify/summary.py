@@ -20,11 +20,11 @@ def summary(rows: Iterable[Row], methods: Sequence[str]) -> dict[str, Any]:
     proved = [row.by for row in rows if row.verdict == "certified"]
     order = [*methods, *sorted({by for by in proved if by is not None} - set(methods))]
     certified = {method: proved.count(method) / count for method in order if method != "attack"}
-    natural = 1 - verdicts.count("misclassified") / count if rows else 0.0
+    correct = len(rows) - verdicts.count("misclassified")
     return {
         "examples": len(rows),
-        "natural": natural,
-        "attacked": natural - verdicts.count("attacked") / count,
+        "natural": correct / count,
+        "attacked": (correct - verdicts.count("attacked")) / count,
         "certified": {**certified, "total": len(proved) / count},
         "undecided": verdicts.count("undecided") / count,
         "seconds": round(sum(row.seconds for row in rows), 3),

@@ -78,20 +78,51 @@ def export_onnx(module: nn.Module, path: Path, images: Tensor) -> float:
             ``1e-4 * max(1, max |logit|)``.
         OSError: the file cannot be written.
     """
+    return _export(module, Path(path), _checked(images))
+
+
+def export_onnx_of_normalised(module: nn.Module, path: Path, images: Tensor) -> float:
+    """As :func:`export_onnx`, without the first layer, a Normalize: the file takes ``(x - mean) / std`` of pixels x.
+
+    Raises:
+        InputError: the network's first layer is something else. Otherwise as :func:`export_onnx`.
+    """
+    layers = _in_order(copy.deepcopy(module).float().cpu())
+    normalize = leading_normalisation(module)
+    if normalize is None:
+        found = type(layers[0]).__name__ if layers else "nothing"
+        raise InputError(
+            f"normalisation=outside: the network's first layer is {found}, allowed is a Normalize; folded takes any network"
+        )
+    with torch.no_grad():
+        inputs = layers[0](_checked(images))
+    return _export(nn.Sequential(*layers[1:]), Path(path), inputs)
+
+
+def leading_normalisation(module: nn.Module) -> Normalize | None:
+    """The first layer of the network, if it is a Normalize."""
+    layers = _in_order(module)
+    return layers[0] if layers and type(layers[0]) is Normalize else None  # a subclass may compute something else
+
+
+def _checked(images: Tensor) -> Tensor:
     if images.ndim != 4 or len(images) == 0 or images.dtype != torch.float32:
         raise InputError(
             f"images are {images.dtype} of shape {tuple(images.shape)}: float32 [N, C, H, W] with N >= 1 is allowed"
         )
     if not bool(((images >= 0) & (images <= 1)).all()):
         raise InputError("images have pixels outside [0, 1], or NaN: only [0, 1] is allowed")
-    path, images = Path(path), images.detach().cpu().contiguous()
+    return images.detach().cpu().contiguous()
+
+
+def _export(module: nn.Module, path: Path, inputs: Tensor) -> float:
     original = copy.deepcopy(module).eval().float().cpu()
-    rewritten = fold_normalisation(nn.Sequential(_with_all_means(original, images[:1])))
+    rewritten = fold_normalisation(nn.Sequential(_with_all_means(original, inputs[:1])))
     _add_biases(rewritten)
 
     with tempfile.TemporaryDirectory(prefix=f".{path.name}-", dir=path.parent) as folder:
-        content = _written(rewritten, images[:1])
-        difference = _difference(original, content, images)
+        content = _written(rewritten, inputs[:1])
+        difference = _difference(original, content, inputs)
         file = Path(folder, path.name)
         with open(file, "wb") as handle:
             handle.write(content)

@@ -9,7 +9,19 @@ import importlib
 from typing import Any
 
 # Named, not imported: settings are checked without waiting for EvoTorch.
-METHODS: dict[str, str] = {"pgpe": "evocert.searchers.pgpe:PGPE"}
+METHODS: dict[str, str] = {
+    "pgpe": "evocert.searchers.pgpe:PGPE",
+    "rgs": "evocert.searchers.gradient:RGS",
+    "grad": "evocert.searchers.gradient:Grad",
+    "sabr": "evocert.searchers.gradient:SABR",
+    "mtl-ibp": "evocert.searchers.gradient:MTLIBP",
+    "cc-ibp": "evocert.searchers.gradient:CCIBP",
+    "exp-ibp": "evocert.searchers.gradient:EXPIBP",
+    "pgd": "evocert.searchers.gradient:PGD",
+    "standard": "evocert.searchers.gradient:Standard",
+}
+# Those that look around the centre, at a distance of about sigma.
+SAMPLING = ("pgpe", "rgs")
 
 
 def method(name: str) -> Any:

@@ -1,7 +1,6 @@
 """PGPE on EvoTorch's own class: fixed sigma and raw fitness, so that a step follows the smoothed loss's gradient."""
 
 import math
-import time
 from typing import Any
 
 import torch
@@ -13,6 +12,8 @@ from torch import Tensor
 from evocert.errors import InputError
 from evocert.experiment import Experiment
 from evocert.problem import CertifiedTraining
+from evocert.searchers import optimizers
+from evocert.searchers.clock import Clock
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
 
 
@@ -96,10 +97,7 @@ class PGPE(EvoTorchPGPE):
         # What the population was drawn from: the generator's state, the centre and sigma.
         self._before_sampling: Tensor | None = None
         self._drawn_from: tuple[Tensor, Tensor] | None = None
-        self._speed_per_rate: float = 2.0  # ClipUp's max_speed follows its learning rate
-        if optimizer == "clipup":
-            group = self.optimizer.param_groups[0]
-            self._speed_per_rate = group["max_speed"] / group["lr"]
+        self._speed_per_rate = optimizers.speed_per_rate(self.optimizer)
         self.timing: dict[str, float] = {"sample": 0.0, "bounds": 0.0, "update": 0.0}
         """Seconds that the last step spent on sampling, on evaluating the population, and on gradient and update."""
 
@@ -119,7 +117,7 @@ class PGPE(EvoTorchPGPE):
         )
 
     def _step_non_distributed(self) -> None:
-        clock = _Clock(self.problem.device)
+        clock = Clock(self.problem.device)
         if not self._first_iter:
             self._apply_gradient()
         self._first_iter = False
@@ -165,11 +163,8 @@ class PGPE(EvoTorchPGPE):
         """The centre's learning rate from the next update on."""
         if self.optimizer is None:
             self._center_learning_rate = rate
-            return
-        group = self.optimizer.param_groups[0]
-        group["lr"] = rate
-        if "max_speed" in group:
-            group["max_speed"] = rate * self._speed_per_rate
+        else:
+            optimizers.set_rate(self.optimizer, rate, self._speed_per_rate)
 
     def set_stdev(self, stdev: float) -> None:
         """Sigma from the next population on.
@@ -186,7 +181,7 @@ class PGPE(EvoTorchPGPE):
         return {
             "mu": self._distribution.mu.detach().clone(),
             "sigma": self._distribution.sigma.detach().clone(),
-            "optimizer": self._optimizer_state(),
+            "optimizer": optimizers.state_of(self.optimizer),
             "center_learning_rate": self._center_learning_rate,
             "steps": self._steps_count,
             "pending": not self._first_iter,
@@ -202,7 +197,7 @@ class PGPE(EvoTorchPGPE):
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         """Continue from ``state_dict()``: the following steps are bit for bit those of the searcher that gave it."""
-        self._load_optimizer_state(state["optimizer"])
+        optimizers.load_state(self.optimizer, state["optimizer"])
         self._center_learning_rate = state["center_learning_rate"]
         self._steps_count = state["steps"]
         self._first_iter = not state["pending"]
@@ -229,36 +224,3 @@ class PGPE(EvoTorchPGPE):
     def _set_distribution(self, mu: Tensor, sigma: Tensor) -> None:
         device = self.problem.device
         self._distribution = self._distribution.modified_copy(mu=mu.to(device), sigma=sigma.to(device))
-
-    def _optimizer_state(self) -> dict[str, Any] | None:
-        optimizer = self.optimizer
-        if optimizer is None:
-            return None
-        if isinstance(optimizer, torch.optim.Optimizer):
-            return optimizer.state_dict()
-        return {"velocity": optimizer._velocity.clone(), "param_groups": [dict(optimizer.param_groups[0])]}
-
-    def _load_optimizer_state(self, state: dict[str, Any] | None) -> None:
-        optimizer = self.optimizer
-        if state is None or optimizer is None:
-            return
-        if isinstance(optimizer, torch.optim.Optimizer):
-            optimizer.load_state_dict(state)
-            return
-        optimizer._velocity.copy_(state["velocity"])
-        for key, value in state["param_groups"][0].items():
-            optimizer.param_groups[0][key] = value
-
-
-class _Clock:
-    """Laps in seconds. On CUDA a lap waits for the work that was launched in it."""
-
-    def __init__(self, device: torch.device | str) -> None:
-        self._cuda = torch.device(device).type == "cuda"
-        self._last = time.perf_counter()
-
-    def lap(self) -> float:
-        if self._cuda:
-            torch.cuda.synchronize()
-        start, self._last = self._last, time.perf_counter()
-        return self._last - start

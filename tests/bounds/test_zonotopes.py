@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch import nn
 from zonotope_reference import DeepZ, Hybrid
 
-from evocert.bounds import BOUNDS, box_around, layers, read_network
+from evocert.bounds import BOUNDS, Box, box_around, layers, read_network
 from evocert.modules import Normalize, Residual
 from evocert.networks import flat_parameters, with_parameters
 
@@ -83,14 +83,13 @@ def test_agree_in_a_residual_network(eps, activation, name):
 
 
 def test_a_kept_generator_cancels_and_a_dropped_one_does_not():
-    """x - x is zero while its ReLU is on; where it crosses zero, relu(x) in [0, u] forgets x."""
+    """relu(x) - x is zero while x is positive; where it crosses zero, relu(x) in [0, u] forgets x."""
     module = nn.Sequential(nn.Flatten(), Residual(nn.ReLU(), nn.Linear(1, 1)), nn.Linear(1, 2)).double()
     network = read_network(module, (1, 1, 1))
     parameters = torch.tensor([[-1.0, 0, 1, 0, 0, 0]], dtype=torch.float64)  # relu(x) - x, and logits (that, 0)
-    shifted = torch.tensor([[0.5], [0.0]], dtype=torch.float64).reshape(2, 1, 1, 1)
-    box, labels = box_around(shifted, 0.0), torch.tensor([0, 0])
-    box = box._replace(lower=shifted - 0.25, upper=shifted + 0.25)
-    found = BOUNDS["hbox"](network, parameters, box, labels)
+    centres = torch.tensor([0.5, 0.0], dtype=torch.float64).reshape(2, 1, 1, 1)
+    box = Box(centres - 0.25, centres + 0.25)
+    found = BOUNDS["hbox"](network, parameters, box, torch.tensor([0, 0]))
     # [.25, .75]: x - x. [-.25, .25]: between 0 - .25 and .25 + .25.
     torch.testing.assert_close(found.flatten(), torch.tensor([0.0, -0.25], dtype=torch.float64))
     found = BOUNDS["hbox"](network, parameters, box, torch.tensor([1, 1]))
