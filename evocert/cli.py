@@ -179,6 +179,13 @@ def certify(
     workers: Annotated[
         int, typer.Option(parser=_whole_number, metavar="N", help="Processes for the exact method.")
     ] = 1,
+    verifier: Annotated[
+        str | None,
+        typer.Option(metavar="NAME", help="A second opinion: neuralsat, marabou or abcrown, if it is installed."),
+    ] = None,
+    verifier_path: Annotated[
+        Path | None, typer.Option(metavar="PATH", help="The python that has it; for abcrown, its abcrown.py.")
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Folder of the records.  [default: the run, or certify-MODEL]")
     ] = None,
@@ -203,7 +210,11 @@ def certify(
     request = Request(target, data, data_dir, None if eps is None else wanted.eps, examples, indices, out)
     prepared = prepare(request)
     content, records = decide(
-        prepared, replace(wanted, eps=prepared.eps), shown.Silent() if quiet else shown.Terminal()
+        prepared,
+        replace(wanted, eps=prepared.eps),
+        shown.Silent() if quiet else shown.Terminal(),
+        verifier,
+        verifier_path,
     )
     shown.show_summary(content, records, quiet)
     if content["contradictions"]:

@@ -15,6 +15,7 @@ from evocert.networks import statistics
 from evocert.parts import Parts
 from evocert.problem_files import LoadedProblem, load_problem
 from evocert.runs import Run, warn
+from evocert.settings import plain
 
 _KINDS = {
     "problem": str,
@@ -85,9 +86,12 @@ def reload(run: Run) -> Reloaded:
             f"{run.path / 'problem.py'} was changed since the run began: it differs from the hash in config.json"
         )
     paths = {key for key in (*PATHS, "data") if key != "data" or str(config.get("data")).endswith(".npz")}
+    # A setting that the run's version of evocert did not have yet was at what is its default now.
+    defaults = {f.name: f.default for f in dataclasses.fields(loaded.experiment)}
     for key, value in loaded.experiment.settings().items():
-        if key not in paths and config.get(key) != value:
-            raise InputError(f"{path}: {key}={config.get(key)!r}, but problem.py gives {value!r}")
+        began = config.get(key, plain(defaults[key]))
+        if key not in paths and began != value:
+            raise InputError(f"{path}: {key}={began!r}, but problem.py gives {value!r}")
     places: dict[str, Any] = {key: _place(config[key], getattr(loaded.experiment, key)) for key in paths}
     if (elsewhere := os.environ.get("EVOCERT_DATA")) and not (places["data_dir"] and Path(places["data_dir"]).is_dir()):
         places["data_dir"] = str(data_folder(elsewhere))

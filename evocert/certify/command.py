@@ -7,21 +7,25 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import onnx
 import torch
 from torch import Tensor
 
 import evocert
 from evocert.bounds import read_network
-from evocert.certify import cascade
+from evocert.certify import cascade, external
 from evocert.certify.cascade import Settings, Show
 from evocert.certify.foreign import read_onnx
 from evocert.certify.records import Records
+from evocert.certify.second import SecondOpinion
 from evocert.certify.subject import Subject, digest
 from evocert.certify.summary import summary
 from evocert.data import Dataset, Part, load
 from evocert.errors import InputError
 from evocert.finished import load_finished
 from evocert.networks import statistics
+
+REPLAYED = 8  # images on which a run's ONNX file is compared with its checkpoint
 
 
 @dataclass(frozen=True)
@@ -99,8 +103,10 @@ def prepare(request: Request) -> Prepared:
     return Prepared(subject, data.name, part, eps, _chosen(request, len(part)), folder)
 
 
-def certify(prepared: Prepared, settings: Settings, show: Show) -> tuple[dict[str, Any], Records]:
-    """Decides the examples, and writes the summary.
+def certify(
+    prepared: Prepared, settings: Settings, show: Show, verifier: str | None = None, verifier_path: Path | None = None
+) -> tuple[dict[str, Any], Records]:
+    """Decides the examples, asks an external verifier of them if that is wanted, and writes the summary.
 
     Returns:
         The summary as in certify.json, and the records, which are closed.
@@ -108,10 +114,20 @@ def certify(prepared: Prepared, settings: Settings, show: Show) -> tuple[dict[st
     Raises:
         CertifyStopped: by Ctrl-C; what was found is on record.
     """
+    second = None if verifier is None else external.find(verifier, verifier_path)
     records = Records.open(prepared.folder, prepared.key)
     with contextlib.closing(records):
+        opinion: SecondOpinion | None = None
         try:
             cascade.run(prepared.subject, prepared.part, prepared.indices, settings, records, show)
+            if second is not None and verifier is not None:
+                opinion = SecondOpinion(
+                    verifier, *second, prepared.subject, prepared.part, settings.eps, records, settings.timeout
+                )
+                wanted = opinion.wanted(prepared.indices)
+                for number, index in enumerate(wanted):
+                    show.working(f"{verifier}: {number} of {len(wanted)} examples, on", 1)
+                    opinion.ask(index)
         except KeyboardInterrupt:
             done = sum(index in records.rows for index in prepared.indices)
             raise CertifyStopped(
@@ -134,6 +150,9 @@ def certify(prepared: Prepared, settings: Settings, show: Show) -> tuple[dict[st
             },
             **summary(rows, settings.methods),
         }
+        if opinion is not None:
+            content["second_opinion"] = opinion.summary(prepared.indices)
+            content["contradictions"] += content["second_opinion"]["contradictions"]
         records.write(content)
     return content, records
 
@@ -142,9 +161,13 @@ def _of_run(request: Request) -> tuple[Subject, Dataset, float, Path]:
     finished = load_finished(request.target)
     buffers = json.dumps(statistics(finished.module), sort_keys=True).encode()
     sha256 = digest(finished.parameters.numpy().tobytes(), buffers)
-    onnx = (request.target / "network.onnx").read_bytes()
+    try:
+        content = (request.target / "network.onnx").read_bytes()
+    except OSError as error:
+        raise InputError(f"{error.filename} cannot be read: {error.strerror}") from error
     name = f"{finished.results.get('problem')} ({request.target})"
-    subject = Subject(name, finished.module, finished.network, finished.parameters, onnx, sha256)
+    subject = Subject(name, finished.module, finished.network, finished.parameters, content, sha256)
+    subject.check_onnx(finished.data.test.batch(slice(0, REPLAYED))[0])
     data = finished.data if request.data is None else _data(request)
     return subject, data, finished.eps if request.eps is None else request.eps, request.out or request.target
 
@@ -158,7 +181,8 @@ def _of_file(request: Request) -> tuple[Subject, Dataset, float, Path]:
     found = read_onnx(request.target)
     parameters: Tensor = torch.nn.utils.parameters_to_vector(found.module.parameters()).detach()
     network = read_network(found.module, found.input_shape)
-    subject = Subject(request.target.name, found.module, network, parameters, request.target.read_bytes(), found.sha256)
+    content = onnx.load(str(request.target)).SerializeToString()  # weights beside the file are then in it
+    subject = Subject(request.target.name, found.module, network, parameters, content, found.sha256)
     assert request.eps is not None
     return subject, _data(request), request.eps, request.out or Path(f"certify-{request.target.stem}")
 

@@ -1,5 +1,6 @@
 """What a user sees of a certification: the running figures, and a table in the end."""
 
+import sys
 import time
 from collections import Counter
 from collections.abc import Sequence
@@ -43,7 +44,7 @@ class Terminal:
         self._began = self._shown = 0.0
 
     def begin(self, title: str, total: int, done: int) -> None:
-        self._output.print(f"{title}: {total} test images" + (f", {done} on record" if done else ""), soft_wrap=True)
+        say(self._output, f"{title}: {total} test images" + (f", {done} on record" if done else ""))
         self._total, self._before, self._began = total, done, time.monotonic()
         if self._output.is_terminal:
             self._live = Live(console=self._output, auto_refresh=False)
@@ -51,43 +52,52 @@ class Terminal:
 
     def working(self, method: str, examples: int) -> None:
         self._method = f"{method} on {examples}"
-        self._show()
+        self._show(now=self._live is not None)  # a method may take a minute, in which nothing else is reported
 
     def decided(self, rows: Sequence[Row]) -> None:
         for row in rows:
             self._counts[row.verdict] += 1
         self._done += len(rows)
-        self._show(last=self._done == self._total)
+        if rows:
+            self._show(now=self._done == self._total)
 
     def stop(self) -> None:
         if self._live is not None:
             self._live.stop()
             self._live = None
 
-    def _show(self, *, last: bool = False) -> None:
-        now = time.monotonic()
-        if now - self._shown < (REFRESH_SECONDS if self._live else PLAIN_SECONDS) and not last:
+    def _show(self, *, now: bool) -> None:
+        moment = time.monotonic()
+        if moment - self._shown < (REFRESH_SECONDS if self._live else PLAIN_SECONDS) and not now:
             return
-        self._shown = now
+        self._shown = moment
         new = self._done - self._before
-        left = clock((now - self._began) / new * (self._total - self._done)) if new > 0 else "-"
-        share = {name: percent(count / max(1, self._done)) for name, count in self._counts.items()}
-        natural = percent(1 - self._counts["misclassified"] / max(1, self._done))
-        state = (
-            f"natural {natural}  certified {share.get('certified', '0.0 %')}  attacked {share.get('attacked', '0.0 %')}  "
-            f"undecided {share.get('undecided', '0.0 %')}"
-        )
-        count = f"{self._done}/{self._total}"
+        left = clock((moment - self._began) / new * (self._total - self._done)) if new > 0 else "-"
+        count, method = f"{self._done}/{self._total}", self._method if self._done < self._total else ""
         if self._live is None:
-            self._output.print(f"{count}  {left} left  {self._method}  {state}", markup=False, soft_wrap=True)
+            words = [count, f"{left} left", method, self._state()]
+            say(self._output, "  ".join(filter(None, words)))
             return
         line = Table.grid(expand=True, padding=(0, 2, 0, 0))
         line.add_column(no_wrap=True)
         line.add_column(ratio=1)
         line.add_column(no_wrap=True)
-        line.add_row(count, ProgressBar(total=self._total, completed=self._done), f"{left} left")
-        text = Text(f"{state}  {self._method}", no_wrap=True, overflow="ellipsis")
-        self._live.update(Group(line, text), refresh=True)
+        line.add_column(no_wrap=True)
+        line.add_row(count, ProgressBar(total=self._total, completed=self._done), method, f"{left} left")
+        self._live.update(Group(line, Text(self._state(), no_wrap=True, overflow="ellipsis")), refresh=True)
+
+    def _state(self) -> str:
+        """Parts of what is decided so far."""
+        if not self._done:
+            return ""
+        counts = self._counts
+        parts = {
+            "natural": self._done - counts["misclassified"],
+            "certified": counts["certified"],
+            "broken": counts["attacked"],
+            "undecided": counts["undecided"],
+        }
+        return "  ".join(f"{name} {percent(count / self._done)}" for name, count in parts.items())
 
 
 def show_summary(content: dict[str, Any], records: Records, quiet: bool) -> None:
@@ -98,7 +108,7 @@ def show_summary(content: dict[str, Any], records: Records, quiet: bool) -> None
             "certified": certified["total"]
         }
         line = "  ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        output.print(f"{records.path('json')}  {line}", markup=False, soft_wrap=True)
+        say(output, f"{records.path('json')}  {line}")
     else:
         table = Table(safe_box=True)
         table.add_column(f"{content['examples']} test images, eps = {content['settings']['eps']:.4g}")
@@ -110,9 +120,25 @@ def show_summary(content: dict[str, Any], records: Records, quiet: bool) -> None
                 table.add_row(f"certified first by {name}", percent(value))
         table.add_row("certified in total", percent(certified["total"]), end_section=True)
         table.add_row("undecided", percent(content["undecided"]))
-        output.print(table)
-        output.print(f"{clock(content['seconds'])} of work; {records.path('json')}", markup=False, soft_wrap=True)
-        output.print(str(records.path("jsonl")), markup=False, soft_wrap=True)
+        say(output, table)
+        say(output, f"{clock(content['seconds'])} of work; {records.path('json')}")
+        say(output, str(records.path("jsonl")))
+    if (second := content.get("second_opinion")) is not None:
+        output.print(
+            f"{second['verifier']} on {second['asked']} of them: proved {second['proved']}, refuted {second['refuted']}, "
+            f"undecided {second['undecided']}; {second['agree']} agree with evocert",
+            markup=False,
+            soft_wrap=True,
+        )
     for found in content["contradictions"]:
         line = f"example {found['index']} is certified by {found['certified_by']} and broken by {found['broken_by']}"
-        output.print(f"CONTRADICTION: {line}", markup=False, soft_wrap=True)
+        say(output, f"CONTRADICTION: {line}")
+
+
+def say(output: Output, what: str | Table) -> None:
+    """Prints, if it can: what is on record is worth more than a stdout that takes nothing."""
+    try:
+        output.print(what, markup=False, soft_wrap=isinstance(what, str))
+        sys.stdout.flush()
+    except OSError:  # a disk that is full, or what else stdout may be
+        output.on_broken_pipe()

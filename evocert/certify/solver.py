@@ -1,11 +1,13 @@
 """The exact method on many examples: in this process, or in several others."""
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
-from multiprocessing import get_context
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, resource_tracker
 from types import TracebackType
 
 import torch
@@ -60,9 +62,16 @@ class Solver:
                 initializer=_begin,
                 initargs=(self.subject.network, self.subject.parameters, self.eps, self.timeout, self.workers),
             )
-        futures = {self._pool.submit(_solve_here, *job): number for number, job in enumerate(jobs)}
+        with _without_interrupts():
+            futures = {self._pool.submit(_solve_here, *job): number for number, job in enumerate(jobs)}
         for future in as_completed(futures):
-            yield futures[future], *future.result()
+            try:
+                yield futures[future], *future.result()
+            except BrokenProcessPool as error:
+                raise ChildProcessError(
+                    "a process of the exact method was killed, most likely for want of memory; fewer workers need less, and "
+                    "what was found is on record"
+                ) from error
 
 
 def _solve(members: Members, image: Tensor, label: int, eps: float, timeout: float) -> tuple[Outcome, float]:
@@ -94,13 +103,23 @@ def _rounded(point: Tensor, box: Box) -> Tensor:
     return torch.where(near.double() > box.upper[0], near.nextafter(-infinity), near)
 
 
+@contextlib.contextmanager
+def _without_interrupts() -> Iterator[None]:
+    """Ctrl-C is the parent's affair: a process that is made in here never sees it, not even while it imports torch."""
+    resource_tracker.ensure_running()  # which would undo the mask
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 _members: Members
 _settings: tuple[float, float]
 
 
 def _begin(network: Network, parameters: Tensor, eps: float, timeout: float, workers: int) -> None:
     global _members, _settings
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent's affair
     torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // workers))
     _members = network.bind(parameters.double().unsqueeze(0))
     _settings = eps, timeout

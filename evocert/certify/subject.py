@@ -11,6 +11,9 @@ from torch import Tensor, nn
 
 from evocert.attacks import worst_margin
 from evocert.bounds import Members, Network
+from evocert.errors import InputError
+
+TOLERANCE = 1e-4  # of the largest logit, and of 1, as for what is exported
 
 
 @dataclass(frozen=True)
@@ -50,6 +53,24 @@ class Subject:
         name = self._session.get_inputs()[0].name
         rows = [self._session.run(None, {name: image[None]})[0].reshape(1, -1) for image in images.numpy()]
         return torch.from_numpy(np.concatenate(rows)) if rows else torch.empty(0, self.network.num_classes)
+
+    def check_onnx(self, images: Tensor) -> None:
+        """Whether the file holds this very network, as seen on some images.
+
+        Raises:
+            InputError: it does not, or cannot be run.
+        """
+        try:
+            found = self.onnx_logits(images)
+        except Exception as error:  # whatever ONNX Runtime objects to
+            raise InputError(
+                f"the ONNX file of {self.name} cannot be run: {' '.join(str(error).split())[:200]}"
+            ) from error
+        with torch.no_grad():
+            expected = self.members.logits(images.double())[0]
+        allowed = TOLERANCE * max(1.0, float(expected.abs().max()))
+        if found.shape != expected.shape or not bool(((found - expected).abs() <= allowed).all()):
+            raise InputError(f"the ONNX file of {self.name} holds another network than its checkpoint")
 
     def replayed(self, points: Tensor, labels: Tensor) -> Tensor:
         """Which points ``[N, C, H, W]`` float32 break the network in float64 and in ONNX Runtime: bools ``[N]``.
