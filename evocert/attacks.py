@@ -147,6 +147,8 @@ def apgd(
     Source: APGD and its targeted form, Croce and Hein 2020 (arXiv:2003.01690), algorithm 1 and section 4.
     """
     _check(images, labels, eps, steps, restarts, None)
+    if len(numbers) != len(images):
+        raise InputError(f"numbers are {len(numbers)}: one for each of the {len(images)} images is allowed")
     searched = copy.deepcopy(module).eval().requires_grad_(False).to(images.dtype)
     replayed = copy.deepcopy(module).eval().to(torch.float64).requires_grad_(False)
     images = images.detach()

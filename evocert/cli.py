@@ -39,6 +39,14 @@ def _whole_number(text: str | int) -> int:
         raise typer.BadParameter(f"{text!r}, allowed is a whole number") from None
 
 
+def _number(text: str | float) -> float:
+    """Likewise."""
+    try:
+        return float(text)
+    except ValueError:
+        raise typer.BadParameter(f"{text!r}, allowed is a number") from None
+
+
 def _print_version(wanted: bool) -> None:
     if wanted:
         print(f"evocert {evocert.__version__}")
@@ -240,7 +248,8 @@ def export(
         ),
     ] = None,
     timeout: Annotated[
-        float, typer.Option(metavar="SECONDS", help="For each property; 6 hours at most for all together.")
+        float,
+        typer.Option(parser=_number, metavar="SECONDS", help="For each property; 6 hours at most for all together."),
     ] = 100.0,
     vnnlib: Annotated[str, typer.Option(metavar="1.0|2.0", help="Version of the properties' format.")] = "1.0",
     normalisation: Annotated[
@@ -260,7 +269,10 @@ def export(
         from evocert.export.benchmark import export as write
 
     done = write(Request(run_folder, out, examples, timeout, vnnlib, normalisation, ".gz" if gz else ""))
-    print(summary(done))
+    try:
+        print(summary(done), flush=True)
+    except OSError as error:
+        raise InputError(f"stdout cannot be written to ({error.strerror}); the export is in {done.path}") from error
 
 
 def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:

@@ -83,7 +83,7 @@ def folder_at_once(path: Path) -> Iterator[Path]:
 
     Raises:
         InputError: there is something at ``path`` that is no empty folder, or its parent cannot be written to.
-        OSError: whatever the body raises; also at the end, where someone has put something at ``path`` meanwhile.
+        OSError: of the body, or of someone's having put something at ``path`` meanwhile; it names ``path``.
     """
     path = path.resolve()  # through links: a folder cannot take a link's place
     temporary = path.with_name(f".{path.name}-{uuid.uuid4().hex[:6]}.tmp")
@@ -102,9 +102,11 @@ def folder_at_once(path: Path) -> Iterator[Path]:
         yield temporary
         temporary.rename(path)
         sync_names(path.parent)
-    except BaseException:
+    except BaseException as error:
         shutil.rmtree(temporary, ignore_errors=True)
         for folder in made:
             with contextlib.suppress(OSError):  # another process may have put something in a parent
                 folder.rmdir()
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror or str(error), str(path)) from error
         raise

@@ -57,7 +57,7 @@ def load_finished(path: Path) -> Finished:
     if not run.finished:
         raise InputError(f"run {path} is not finished: evocert resume {path}")
     if not (path / "network.onnx").is_file():
-        raise InputError(f"run {path} has no network.onnx, which a finished run has: allowed is a whole run folder")
+        raise InputError(f"run {path} has no network.onnx, which a finished run has: allowed is a complete run folder")
     results = run.read_results()
     found = config.reload(run)
     config.check_imported(run, found.loaded)

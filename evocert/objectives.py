@@ -66,7 +66,7 @@ def sabr(members: Members, images: Tensor, labels: Tensor, noise: Tensor, option
         torch.minimum(whole.lower + radius, images.clamp(whole.lower, whole.upper)),
         torch.maximum(whole.upper - radius, images.clamp(whole.lower, whole.upper)),
     )
-    point = _attacked(members, images, labels, noise, inner, options)[0]
+    (point,) = _attacked(members, images, labels, noise, inner, options)  # of one member
     small = Box((point - radius).clamp(whole.lower, whole.upper), (point + radius).clamp(whole.lower, whole.upper))
     return cross_entropy_of_margins(BOUNDS["ibp"].margins(members, small, labels))
 

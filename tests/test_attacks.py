@@ -6,7 +6,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from evocert.attacks import pgd, worst_margin
+from evocert.attacks import apgd, pgd, worst_margin
+from evocert.data import Part
 from evocert.errors import InputError
 from evocert.modules import Normalize
 
@@ -308,3 +309,196 @@ def test_bad_input_is_named(changed: dict, named: str) -> None:
     arguments = {"images": torch.zeros(2, 2, 4, 4), "labels": torch.zeros(2, dtype=torch.int64), "eps": EPS}
     with pytest.raises(InputError, match=named):
         pgd(linear_network(3, 0), **(arguments | changed))
+
+
+def hidden_network(classes: int = 4, seed: int = 0) -> nn.Sequential:
+    with torch.random.fork_rng():
+        torch.manual_seed(seed)
+        return nn.Sequential(nn.Flatten(), nn.Linear(16, 30), nn.ReLU(), nn.Linear(30, classes))
+
+
+def hidden_images(count: int, seed: int = 1) -> Tensor:
+    generator = torch.Generator().manual_seed(seed)
+    return torch.rand(count, 1, 4, 4, generator=generator).mul(1.4).sub(0.2).clamp(0, 1)
+
+
+class TestApgd:
+    @pytest.mark.parametrize("eps", [0.03, 0.1])
+    def test_two_linear_classes_are_broken_exactly_where_the_closed_form_says_so(self, eps: float) -> None:
+        breakable = robust = 0
+        for seed in range(8):
+            network = linear_network(2, seed)
+            images = random_images(torch.float32)
+            labels = network(images).argmax(1)
+            exact = exact_margin(network, images, labels, eps)
+            attack = apgd(network, images, labels, eps, numbers=range(60), restarts=1)
+            assert_in_box(attack.points, images, eps)
+            assert bool(attack.broken[exact < -1e-6].all())
+            assert not bool(attack.broken[exact > 0].any())
+            breakable, robust = breakable + int((exact < -1e-6).sum()), robust + int((exact > 0).sum())
+        assert breakable > 10
+        assert robust > 10
+
+    def test_every_class_is_aimed_at(self) -> None:
+        """The least of several linear margins is concave, but over one other class a descent cannot miss."""
+        breakable = 0
+        for seed in range(4):
+            network = linear_network(5, seed)
+            images = random_images(torch.float32)
+            labels = network(images).argmax(1)
+            exact = exact_margin(network, images, labels, 0.03)
+            attack = apgd(network, images, labels, 0.03, numbers=range(60), restarts=5)
+            torch.testing.assert_close(attack.broken[exact.abs() > 1e-6], (exact < 0)[exact.abs() > 1e-6])
+            breakable += int((exact < -1e-6).sum())
+        assert breakable > 50
+
+    def test_finds_at_least_what_pgd_finds_on_a_trained_network(self, part: Part, network: nn.Module) -> None:
+        images, labels = part.batch(slice(0, 40))
+        optimiser = torch.optim.Adam(network.parameters(), 0.02)
+        for _ in range(60):
+            optimiser.zero_grad()
+            nn.functional.cross_entropy(network(images), labels).backward()
+            optimiser.step()
+        some = 0
+        for eps in (0.05, 0.1, 0.15, 0.2):
+            weak = pgd(network, images, labels, eps)
+            strong = apgd(network, images, labels, eps, numbers=range(40))
+            assert int(strong.broken.sum()) >= int(weak.broken.sum())
+            some += 0 < int(weak.broken.sum()) < 40
+        assert some >= 2
+
+    def test_points_lie_in_the_box_and_are_replayed(self) -> None:
+        network, images = hidden_network(), hidden_images(100)
+        labels = network(images).argmax(1)
+        for eps in (1 / 255, 0.02, 0.1, 0.3):
+            attack = apgd(network, images, labels, eps, numbers=range(100), steps=20)
+            assert attack.points.dtype == torch.float32
+            assert_in_box(attack.points, images, eps)
+            margins = worst_margin(network.double()(attack.points.double()), labels)
+            torch.testing.assert_close(attack.broken, margins <= 0)
+            network.float()
+        assert bool(attack.broken.any())
+
+    def test_what_is_returned_is_the_lowest_that_was_found(self) -> None:
+        network, images = hidden_network().double(), hidden_images(50).double()
+        labels = network(images).argmax(1)
+        margins = []
+        for restarts in (1, 2, 5):
+            attack = apgd(network, images, labels, 0.02, numbers=range(50), steps=8, restarts=restarts)
+            margins.append(worst_margin(network(attack.points), labels))
+        assert bool((margins[0] <= worst_margin(network(images), labels)).all())
+        assert bool((margins[1] <= margins[0]).all())
+        assert bool((margins[2] <= margins[1]).all())
+        assert bool((margins[2] < margins[0] - 1e-9).any())
+
+    def test_numbers_and_the_seed_decide_the_starts(self) -> None:
+        """The same call gives the same bits; another number or seed moves an image's own result, and no other's."""
+        network, images = hidden_network().double(), hidden_images(20).double()
+        labels = network(images).argmax(1)
+
+        def found(numbers, seed=0):
+            # A descent of one step shows where it began.
+            return apgd(network, images, labels, 0.02, numbers=numbers, steps=1, restarts=6, seed=seed).points
+
+        first = found(range(20))
+        assert torch.equal(first, found(list(range(20))))
+        assert not torch.equal(first, found(range(20), seed=7))
+        moved = (first != found([*range(19), 99])).flatten(1).any(1)
+        assert moved.tolist() == [False] * 19 + [True]
+
+    def test_an_image_keeps_its_starts_whatever_its_place(self) -> None:
+        network, images = hidden_network().double(), hidden_images(20).double()
+        labels, order = network(images).argmax(1), torch.randperm(20, generator=torch.Generator().manual_seed(0))
+        first = apgd(network, images, labels, 0.02, numbers=range(20), steps=3, restarts=4)
+        other = apgd(network, images[order], labels[order], 0.02, numbers=order.tolist(), steps=3, restarts=4)
+        torch.testing.assert_close(other.points, first.points[order], rtol=0, atol=1e-12)
+        torch.testing.assert_close(other.broken, first.broken[order])
+
+    def test_the_global_generator_is_neither_read_nor_moved(self) -> None:
+        network, images = hidden_network(), hidden_images(10)
+        labels = network(images).argmax(1)
+        state = torch.get_rng_state()
+        first = apgd(network, images, labels, 0.02, numbers=range(10), steps=2)
+        assert torch.equal(torch.get_rng_state(), state)
+        torch.rand(7)
+        assert torch.equal(first.points, apgd(network, images, labels, 0.02, numbers=range(10), steps=2).points)
+
+    def test_module_and_arguments_stay_as_they_were(self) -> None:
+        network = nn.Sequential(nn.Conv2d(1, 2, 3), nn.BatchNorm2d(2), nn.ReLU(), nn.Flatten(), nn.Linear(8, 3)).train()
+        state = {name: value.clone() for name, value in network.state_dict().items()}
+        images = hidden_images(6)
+        before = images.clone()
+        with torch.no_grad():
+            attack = apgd(network, images, torch.zeros(6, dtype=torch.int64), EPS, numbers=range(6), steps=3)
+        assert all(layer.training for layer in network.modules())
+        assert all(p.grad is None and p.requires_grad for p in network.parameters())
+        assert all(torch.equal(value, state[name]) for name, value in network.state_dict().items())
+        assert torch.equal(images, before)
+        assert attack.points.data_ptr() != images.data_ptr()
+
+    @pytest.mark.parametrize("eps", [0.0, 1e-6])
+    def test_natural_misclassification_counts(self, eps: float) -> None:
+        network, images = linear_network(3, 1), torch.rand(30, 2, 4, 4)
+        predictions = network(images).argmax(1)
+        labels = torch.where(torch.arange(30) % 2 == 0, predictions, (predictions + 1) % 3)
+        attack = apgd(network, images, labels, eps, numbers=range(30), steps=5)
+        torch.testing.assert_close(attack.broken, labels != predictions)
+        if eps == 0:
+            assert torch.equal(attack.points, images)
+
+    def test_a_tie_counts_as_broken(self) -> None:
+        image, label = torch.full((1, 1, 1, 1), 0.75), torch.tensor([0])
+        assert bool(apgd(threshold_network(1.0, -0.5), image, label, 0.25, numbers=[0]).broken)
+        assert not bool(apgd(threshold_network(1.0, -0.4999), image, label, 0.25, numbers=[0]).broken)
+
+    def test_steps_get_shorter(self) -> None:
+        """At the full length of 2 eps no step ends in the valley: the first ones jump over it."""
+
+        class Valley(nn.Module):
+            """Margin |x - .437| - .0005: broken on a thousandth of a pixel."""
+
+            def forward(self, x: Tensor) -> Tensor:
+                margin = (x.flatten(1) - 0.437).abs() - 0.0005
+                return torch.cat([margin, torch.zeros_like(margin)], 1)
+
+        image, label = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+        assert bool(apgd(Valley(), image, label, EPS, numbers=[0], restarts=1).broken)
+        assert not bool(apgd(Valley(), image, label, EPS, numbers=[0], restarts=1, steps=5).broken)
+
+    def test_restarts_find_what_the_gradient_at_the_image_misses(self) -> None:
+        image, label = torch.full((1, 1, 1, 1), 0.5), torch.tensor([0])
+        assert bool(apgd(TwoSlopes(), image, label, EPS, numbers=[0], restarts=10).broken)
+
+    def test_nan_logits_are_no_counterexample(self) -> None:
+        class NotANumber(nn.Module):
+            def forward(self, x: Tensor) -> Tensor:
+                return x.flatten(1)[:, :2] * math.nan
+
+        attack = apgd(NotANumber(), torch.rand(2, 1, 2, 2), torch.tensor([0, 1]), EPS, numbers=[0, 1], steps=5)
+        assert not bool(attack.broken.any())
+        assert bool(attack.points.isfinite().all())
+
+    def test_no_images(self) -> None:
+        attack = apgd(linear_network(3, 0), torch.rand(0, 2, 4, 4), torch.zeros(0, dtype=torch.int64), EPS, numbers=[])
+        assert attack.points.shape == (0, 2, 4, 4)
+        assert attack.broken.shape == (0,)
+
+    @pytest.mark.parametrize(
+        ("changed", "named"),
+        [
+            ({"eps": -0.1}, "eps is -0.1"),
+            ({"eps": math.nan}, "eps is nan"),
+            ({"steps": 0}, "steps is 0"),
+            ({"restarts": 0}, "restarts is 0"),
+            ({"images": torch.full((2, 2, 4, 4), 1.01)}, "outside"),
+            ({"images": torch.zeros(2, 2, 4, 4, dtype=torch.uint8)}, "uint8"),
+            ({"labels": torch.zeros(3, dtype=torch.int64)}, r"\(3,\)"),
+            ({"labels": torch.tensor([0, 3])}, "0 to 3"),
+            ({"numbers": [0]}, "numbers are 1"),
+            ({"numbers": [0, 1, 2]}, "numbers are 3"),
+        ],
+    )
+    def test_bad_input_is_named(self, changed: dict, named: str) -> None:
+        arguments = {"images": torch.zeros(2, 2, 4, 4), "labels": torch.zeros(2, dtype=torch.int64), "eps": EPS}
+        with pytest.raises(InputError, match=named):
+            apgd(linear_network(3, 0), **({"numbers": [0, 1], **arguments} | changed))

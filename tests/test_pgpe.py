@@ -4,59 +4,13 @@ import math
 
 import pytest
 import torch
-from evotorch import Problem
 from evotorch.algorithms import PGPE as EvoTorchPGPE  # noqa: N811
 from evotorch.distributions import SeparableGaussian, SymmetricSeparableGaussian
-from torch.distributions import Normal
+from toys import Toy, cliff, needle, smoothed_cliff_gradient, smoothed_needle_gradient
 
 from evocert.problem import CertifiedTraining
 from evocert.searchers import PGPE
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
-
-NORMAL = Normal(0.0, 1.0)
-
-
-class Toy(Problem):
-    """A loss of the parameters alone, with what PGPE asks of ``CertifiedTraining``."""
-
-    def __init__(self, loss, length, *, seed=0, dtype=torch.float64):
-        self.loss = loss
-        self.generation = self.nonfinite_evals = self.stalled_generations = 0
-        super().__init__("min", solution_length=length, initial_bounds=(-1, 1), seed=seed, dtype=dtype)
-
-    def _evaluate_batch(self, batch):
-        batch.set_evals(self.loss(batch.values.as_subclass(torch.Tensor)))
-
-
-def cliff(w):
-    """1 left of 0, w right of it (figure of arXiv:2403.07095)."""
-    return torch.where(w < 0, torch.ones_like(w), w)
-
-
-def smoothed_cliff_gradient(mu, sigma):
-    """Of Phi(-m/s) + m Phi(m/s) + s phi(m/s)."""
-    t = torch.as_tensor(mu / sigma, dtype=torch.float64)
-    density = math.exp(-(float(t) ** 2) / 2) / math.sqrt(2 * math.pi)
-    return -density / sigma + float(NORMAL.cdf(t))
-
-
-NEEDLE_SLOPES = (-2.0, 0.0, 2.0, -10.0, 10.0)
-NEEDLE_KINKS = (-1.5, 0.0, 0.5, 1.0)
-
-
-def needle(w):
-    """Piecewise linear through (-2, 5), (-1.5, 4), (0, 4), (0.5, 5), (1, 0), (1.8, 8)."""
-    value = 5 + NEEDLE_SLOPES[0] * (w + 2)
-    for kink, before, after in zip(NEEDLE_KINKS, NEEDLE_SLOPES, NEEDLE_SLOPES[1:], strict=False):
-        value = value + (after - before) * (w - kink).clamp(min=0)
-    return value
-
-
-def smoothed_needle_gradient(mu, sigma):
-    slope = NEEDLE_SLOPES[0]
-    for kink, before, after in zip(NEEDLE_KINKS, NEEDLE_SLOPES, NEEDLE_SLOPES[1:], strict=False):
-        slope += (after - before) * float(NORMAL.cdf(torch.tensor((mu - kink) / sigma, dtype=torch.float64)))
-    return slope
 
 
 class TestEstimator:

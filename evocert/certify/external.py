@@ -185,8 +185,12 @@ def _marabou(python: Path, question: Question) -> list[str]:
 
 
 def _abcrown(program: Path, question: Question) -> list[str]:
+    # Without a configuration file it does not start.
+    config = question.result.with_name("abcrown.yaml")
+    config.write_text("general:\n  device: cpu\n")
+    python = [shutil.which("python3") or sys.executable] if program.suffix == ".py" else []
     return [
-        shutil.which("python3") or sys.executable, str(program),
+        *python, str(program), "--config", str(config),
         "--onnx_path", str(question.onnx), "--vnnlib_path", str(question.vnnlib),
         "--timeout", f"{question.timeout:g}", "--device", "cpu",
         "--results_file", str(question.result), "--save_adv_example",
@@ -210,6 +214,6 @@ VERIFIERS: dict[str, Verifier] = {
         _abcrown,
         lambda program: ["test", "-f", str(program)],
         None,
-        "clone alpha-beta-CROWN, and name its complete_verifier/abcrown.py by --verifier-path",
+        "clone alpha-beta-CROWN, and name its complete_verifier/abcrown.py, or a script that runs it, by --verifier-path",
     ),
 }

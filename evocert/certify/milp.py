@@ -5,7 +5,10 @@ variables: what is after them is written out in the inputs and in the open neuro
 variables as there are inputs and twice the open neurons, and four rows for each of these. scipy's HiGHS solves it.
 """
 
-from collections.abc import Sequence
+import contextlib
+import os
+import sys
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -131,15 +134,16 @@ class Milp:
         assumed = np.zeros(count) if signs is None else signs
         if deadline.over:
             return Outcome("undecided")
-        result = scipy.optimize.milp(
-            np.concatenate([margin[1:], np.zeros(count)]),
-            integrality=np.concatenate([np.zeros(self.variables), np.ones(count)]),
-            bounds=scipy.optimize.Bounds(
-                np.concatenate([self.low, assumed > 0]), np.concatenate([self.high, assumed >= 0])
-            ),
-            constraints=[*self._neurons, self._only_small(margin, tolerance)],
-            options={"time_limit": deadline.left},
-        )
+        with _silence():
+            result = scipy.optimize.milp(
+                np.concatenate([margin[1:], np.zeros(count)]),
+                integrality=np.concatenate([np.zeros(self.variables), np.ones(count)]),
+                bounds=scipy.optimize.Bounds(
+                    np.concatenate([self.low, assumed > 0]), np.concatenate([self.high, assumed >= 0])
+                ),
+                constraints=[*self._neurons, self._only_small(margin, tolerance)],
+                options={"time_limit": deadline.left},
+            )
         if result.status == 2:  # no margin as small as the tolerance
             return Outcome("certified")
         bound = result.mip_dual_bound if count else result.fun
@@ -188,3 +192,17 @@ class Milp:
     def _only_small(self, margin: np.ndarray, tolerance: float) -> scipy.optimize.LinearConstraint:
         row = np.concatenate([margin[1:], np.zeros(len(self.open))])[None]
         return scipy.optimize.LinearConstraint(row, -np.inf, tolerance - margin[0])
+
+
+@contextlib.contextmanager
+def _silence() -> Iterator[None]:
+    """HiGHS prints some lines on stdout whatever it is told."""
+    sys.stdout.flush()
+    kept, nowhere = os.dup(1), os.open(os.devnull, os.O_WRONLY)
+    try:
+        os.dup2(nowhere, 1)
+        yield
+    finally:
+        os.dup2(kept, 1)
+        os.close(kept)
+        os.close(nowhere)

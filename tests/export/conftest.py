@@ -11,8 +11,9 @@ PROBLEM = """\
 import evocert
 
 experiment = evocert.Experiment(
-    data="digits", width=2, mean=[0.3], std=[0.4], eps=0.03, generations=150, batch_size=32, popsize=16, stdev_init=0.05,
-    center_learning_rate=0.03, validations=1, attack=evocert.AttackSettings(steps=2, restarts=1), select="last",
+    data="digits", width=4, mean=[0.3], std=[0.4], eps=0.03, train_eps=0.003, generations=250, batch_size=64, popsize=64,
+    stdev_init=0.02, center_learning_rate=0.01, validations=1, select="last",
+    attack=evocert.AttackSettings(steps=2, restarts=1),
 )
 """
 

@@ -266,7 +266,7 @@ import json, sys, warnings
 from vnnlib.compat import read_vnnlib_simple
 warnings.simplefilter("ignore")
 (box, claims), = read_vnnlib_simple(sys.argv[1], 12, 3)
-pairs = [[m[0].tolist().index(1), m[0].tolist().index(-1)] for m, rhs in claims if rhs.tolist() == [0]]
+pairs = [[m[0].tolist().index(1), m[0].tolist().index(-1)] for m, rhs in claims if rhs.tolist() == [[0]]]
 print(json.dumps([*zip(*box), pairs]))
 """,
     "1.0.2": """\
@@ -274,8 +274,8 @@ import json, sys, vnnlib, vnnlib.compat
 case, = vnnlib.compat.transform(vnnlib.parse_query_file(sys.argv[1]))
 pairs = []
 for claim in case.output_constraints:
-    row = [float(x) for x in claim.lhs[0]]
-    assert len(claim.lhs) == 1 and [float(x) for x in claim.rhs] == [0.0]
+    (row,) = claim.coeff_matrix
+    assert list(claim.rhs) == [0.0]
     pairs.append([row.index(1.0), row.index(-1.0)])
 lower, upper = zip(*case.input_box)
 print(json.dumps([lower, upper, pairs]))

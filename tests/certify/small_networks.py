@@ -35,7 +35,7 @@ class Small:
 
 
 def drawn(kind, seed):
-    """The first network from this seed on whose image has a margin that is worth attacking."""
+    """A network, and of the images with a margin that is worth attacking that with the least or the middle one."""
     random = Random(f"{kind} {seed}")
     with torch.random.fork_rng(devices=[]), torch.no_grad():
         while True:
@@ -43,19 +43,23 @@ def drawn(kind, seed):
             shape, layers = _LAYERS[kind](random)
             module = nn.Sequential(*layers).double().eval()
             for parameter in module.parameters():
-                parameter *= 2
-            image = torch.rand(1, *shape, dtype=torch.float64)
-            image = (1.4 * image - 0.2).clamp(0, 1)  # some pixels at the ends, where the box is cut
-            logits = module(image)[0].sort(descending=True).values
-            if logits[0] - logits[1] > 0.05:
+                parameter *= 3 if parameter.ndim > 1 else 1
+            images = torch.rand(32, *shape, dtype=torch.float64)
+            images = (1.4 * images - 0.2).clamp(0, 1)  # some pixels at the ends, where the box is cut
+            two = module(images).topk(2).values
+            margins = two[:, 0] - two[:, 1]
+            worth = (margins > 0.05).nonzero().flatten()
+            if len(worth):
                 break
+        ordered = worth[margins[worth].argsort()]
+        image = images[ordered[seed % 2 * len(ordered) // 2], None]
         network = read_network(module, shape)
         members = network.bind(flat_parameters(module).unsqueeze(0))
         return Small(module, members, image, int(module(image)[0].argmax()))
 
 
 def _dense(random, activation=nn.ReLU):
-    widths = [4, random.randint(2, 5), random.randint(2, 4), 3]
+    widths = [4, random.randint(2, 4), random.randint(2, 4), 3]
     layers = [nn.Flatten(), nn.Linear(widths[0], widths[1]), activation(), nn.Linear(widths[1], widths[2]), activation()]
     return (1, 2, 2), [Normalize([0.4], [0.5]), *layers, nn.Linear(widths[2], 3)]
 
@@ -110,14 +114,17 @@ def run(module, x, signs=None):
         return forward(module, x), given
 
 
-def worst(small, eps):
-    """The least margin in the box, exactly: the least over all patterns of signs, each a linear program in the inputs."""
+def worst(small, eps, ceiling=np.inf):
+    """The least margin in the box, exactly: the least over all patterns of signs, each a linear program in the inputs.
+
+    With a ceiling, only whether the margin falls below it: then any margin below is given, otherwise the ceiling.
+    """
     lower, upper = (end.flatten().numpy() for end in small.box(eps))
     shape, count = small.image.shape[1:], small.image.numel()
     base = torch.cat([torch.zeros(1, count), torch.eye(count)]).reshape(-1, *shape).double()
     sizes = [each.shape[1] for each in run(small.module, base)[1]]
     ends = np.cumsum(sizes)
-    least = np.inf
+    least = min(ceiling, _sampled(small, eps))  # no pattern above it need be looked at
 
     @cache
     def affine(signs):
@@ -132,6 +139,8 @@ def worst(small, eps):
     def descend(signs):
         """Neuron by neuron: where interval arithmetic leaves one sign, the other is not tried."""
         nonlocal least
+        if least < ceiling < np.inf:
+            return
         place = len(signs)
         known = place if place == ends[-1] else max([0, *ends[ends <= place]])
         (constants, matrix), (before, factors) = affine(tuple(signs[:known]))
@@ -156,8 +165,21 @@ def worst(small, eps):
     return float(least)
 
 
+def _sampled(small, eps):
+    """The least margin at some corners of the box."""
+    box, generator = small.box(eps), torch.Generator().manual_seed(0)
+    corners = torch.rand(200, *small.image.shape[1:], generator=generator, dtype=torch.float64).round()
+    outputs = run(small.module, box.lower + corners * (box.upper - box.lower))[0]
+    rivals = outputs[:, torch.arange(outputs.shape[1]) != small.label]
+    return float((outputs[:, small.label] - rivals.amax(1)).amin())
+
+
 def critical(small):
     """The radius from which on the network breaks, or None where it does not break in the whole space of images."""
-    if worst(small, 1.0) > 0:
+    low, high = 0.0, 1.0
+    if worst(small, high, ceiling=0.0) == 0:
         return None
-    return scipy.optimize.brentq(lambda eps: worst(small, eps), 0.0, 1.0, xtol=1e-7)
+    while high - low > 1e-3 * high:
+        middle = (low + high) / 2
+        low, high = (low, middle) if worst(small, middle, ceiling=0.0) < 0 else (middle, high)
+    return high
