@@ -1,13 +1,11 @@
 """The command line: parses, calls, prints. What needs torch is imported inside the commands."""
 
-import contextlib
 import io
 import os
 import shlex
-import signal
 import sys
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Annotated, Any
@@ -15,6 +13,8 @@ from typing import Annotated, Any
 import typer
 
 import evocert
+from evocert import cli_studies
+from evocert.cli_parts import imports, real_number, whole_number
 from evocert.errors import InputError
 
 STOPPED = "stopped; nothing is lost"
@@ -29,22 +29,6 @@ app = typer.Typer(
 )
 
 Quiet = Annotated[bool, typer.Option("--quiet", help="No progress; one line of results at the end.")]
-
-
-def _whole_number(text: str | int) -> int:
-    """As the parser's own, but its complaint names the value."""
-    try:
-        return int(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}, allowed is a whole number") from None
-
-
-def _number(text: str | float) -> float:
-    """Likewise."""
-    try:
-        return float(text)
-    except ValueError:
-        raise typer.BadParameter(f"{text!r}, allowed is a number") from None
 
 
 def _print_version(wanted: bool) -> None:
@@ -83,7 +67,7 @@ def run(
     overrides = list(settings or [])
     overrides += [f"seed={seed}"] if seed is not None else []
     overrides += [f"device={device}"] if device is not None else []
-    with _imports():
+    with imports():
         from evocert.training import start
 
     _conduct(lambda display: start(problem, overrides, run_dir, display), quiet)
@@ -95,7 +79,7 @@ def resume(
     quiet: Quiet = False,
 ) -> None:
     """Continue an interrupted run; the result is bit for bit that of the uninterrupted one."""
-    with _imports():
+    with imports():
         from evocert.training import resume as continue_run
 
     _conduct(lambda display: continue_run(run_folder, display), quiet)
@@ -111,9 +95,9 @@ def bench(
         list[str] | None,
         typer.Option(metavar="NAME", help="May be repeated.  [default: ibp, crown-ibp, deeppoly and deeppoly-sparse]"),
     ] = None,
-    members: Annotated[int, typer.Option(parser=_whole_number, metavar="P", help="Networks in the population.")] = 16,
+    members: Annotated[int, typer.Option(parser=whole_number, metavar="P", help="Networks in the population.")] = 16,
     images: Annotated[
-        int, typer.Option(parser=_whole_number, metavar="B", help="Images that each of them is bounded on.")
+        int, typer.Option(parser=whole_number, metavar="B", help="Images that each of them is bounded on.")
     ] = 32,
     weights: Annotated[
         str, typer.Option(metavar="random|ibp", help="Fresh for each member, or close around ones trained by IBP.")
@@ -131,7 +115,10 @@ def bench(
     data_dir: Annotated[
         Path | None, typer.Option(metavar="DIR", help="Where mnist is, if not in EVOCERT_DATA.")
     ] = None,
-    repeats: Annotated[int, typer.Option(parser=_whole_number, metavar="N", help="How often each call is timed.")] = 5,
+    repeats: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="How often each call is timed.")] = 5,
+    memory_budget: Annotated[
+        str, typer.Option(metavar="SIZE", help="From which the tiles are chosen, such as 64MiB.")
+    ] = "2GiB",
     device: Annotated[str, typer.Option(help="auto, cpu or cuda:0.")] = "auto",
     out: Annotated[Path | None, typer.Option(metavar="FILE", help="Write the report as JSON, too.")] = None,
 ) -> None:
@@ -148,7 +135,7 @@ def bench(
     settings = Settings(
         tuple(network or ["cnn3"]),
         tuple(bound or ["ibp", "crown-ibp", "deeppoly", "deeppoly-sparse"]),
-        members, images, weights, eps, data, data_dir, repeats, device, out,
+        members, images, weights, eps, data, data_dir, repeats, device, out, memory_budget,
     )  # fmt: skip
     tables = Tables()
     try:
@@ -174,7 +161,7 @@ def certify(
         str | None, typer.Option(metavar="E", help="Radius in [0, 1] pixels, such as 2/255.  [default: the run's]")
     ] = None,
     examples: Annotated[
-        int | None, typer.Option(parser=_whole_number, metavar="N", help="The first N test images.  [default: all]")
+        int | None, typer.Option(parser=whole_number, metavar="N", help="The first N test images.  [default: all]")
     ] = None,
     indices: Annotated[
         Path | None, typer.Option(metavar="FILE", help="The numbers of the test images to take.")
@@ -184,9 +171,7 @@ def certify(
         typer.Option(metavar="A,B,C", help="Names of bounds, attack and exact, in the order in which they are tried."),
     ] = "ibp,crown-ibp,deeppoly,attack,alpha-crown,exact",
     timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Of the exact method, for an example.")] = 30.0,
-    workers: Annotated[
-        int, typer.Option(parser=_whole_number, metavar="N", help="Processes for the exact method.")
-    ] = 1,
+    workers: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Processes for the exact method.")] = 1,
     verifier: Annotated[
         str | None,
         typer.Option(metavar="NAME", help="A second opinion: neuralsat, marabou or abcrown, if it is installed."),
@@ -206,7 +191,7 @@ def certify(
     What is found is on record at once, in certify.jsonl; the same command goes on where it was stopped, and one with a
     larger timeout or more methods tries what is undecided again. Exit status 1: an example is certified and broken at once.
     """
-    with _imports():
+    with imports():
         from evocert.certify import display as shown
         from evocert.certify.cascade import Settings
         from evocert.certify.command import Request, prepare
@@ -242,14 +227,16 @@ def export(
     examples: Annotated[
         int | None,
         typer.Option(
-            parser=_whole_number,
+            parser=whole_number,
             metavar="N",
             help="The first N test images.  [default: 100, or all if there are fewer]",
         ),
     ] = None,
     timeout: Annotated[
         float,
-        typer.Option(parser=_number, metavar="SECONDS", help="For each property; 6 hours at most for all together."),
+        typer.Option(
+            parser=real_number, metavar="SECONDS", help="For each property; 6 hours at most for all together."
+        ),
     ] = 100.0,
     vnnlib: Annotated[str, typer.Option(metavar="1.0|2.0", help="Version of the properties' format.")] = "1.0",
     normalisation: Annotated[
@@ -264,7 +251,7 @@ def export(
 
     For example: evocert export runs/digits_cnn3/RUN --examples 50 --timeout 60
     """
-    with _imports():
+    with imports():
         from evocert.export.benchmark import Request, summary
         from evocert.export.benchmark import export as write
 
@@ -273,6 +260,10 @@ def export(
         print(summary(done), flush=True)
     except OSError as error:
         raise InputError(f"stdout cannot be written to ({error.strerror}); the export is in {done.path}") from error
+
+
+app.command()(cli_studies.compare)
+app.command()(cli_studies.sweep)
 
 
 def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:
@@ -286,19 +277,6 @@ def _conduct(work: Callable[[Any], Any], quiet: bool) -> None:
             show_results(results, folder.path, ["results.json", "metrics.jsonl", "checkpoint.pt", "network.onnx"])
     except OSError as error:
         raise InputError(f"stdout cannot be written to ({error.strerror}); the results are in {folder.path}") from error
-
-
-@contextlib.contextmanager
-def _imports() -> Iterator[None]:
-    """Ctrl-C waits until what is imported is whole: in the middle of it, an extension may not bear it."""
-    waiting: list[int] = []
-    before = signal.signal(signal.SIGINT, lambda number, frame: waiting.append(number))
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGINT, before)
-    if waiting:
-        raise KeyboardInterrupt
 
 
 def main() -> None:
@@ -347,6 +325,7 @@ def _failure(error: Exception) -> int:
     from evocert.evaluation import ContradictionError
     from evocert.export.onnx import ExportError
     from evocert.problem import NonFiniteFitnessError
+    from evocert.sweep import SweepStopped
     from evocert.training import Interrupted, Unwritable
 
     if isinstance(error, UnsupportedLayer):
@@ -354,7 +333,7 @@ def _failure(error: Exception) -> int:
     if isinstance(error, Interrupted | Unwritable):
         how = f"; to continue: evocert resume {shlex.quote(str(error.run_path))}"
         return _complain(error, how, 130 if isinstance(error, Interrupted) else 1)
-    if isinstance(error, BenchStopped | CertifyStopped):
+    if isinstance(error, BenchStopped | CertifyStopped | SweepStopped):
         return _complain(error, "", 130)
     if isinstance(error, BenchFailed | ContradictionError | ExportError | NonFiniteFitnessError):
         return _complain(error, "", 1)

@@ -72,7 +72,9 @@ def reload(run: Run) -> Reloaded:
         if not isinstance(config.get(key), str | None):
             raise InputError(f"{path}: {key}={config[key]!r}, allowed is a path, or null")
     tile, overrides = config["tile"], config["overrides"]
-    if tile.keys() != set(Tile._fields) or not all(type(n) is int and n > 0 for n in tile.values()):
+    if not {"members", "images"} <= tile.keys() <= set(Tile._fields) or not all(
+        type(n) is int and n > 0 for n in tile.values()
+    ):
         raise InputError(f"{path}: tile={tile}, allowed are {', '.join(Tile._fields)}, each 1 or more")
     if not all(isinstance(override, str) for override in overrides):
         raise InputError(f"{path}: overrides={overrides}, allowed are texts KEY=VALUE")

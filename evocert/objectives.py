@@ -58,7 +58,8 @@ def pgd(members: Members, images: Tensor, labels: Tensor, noise: Tensor, options
 def sabr(members: Members, images: Tensor, labels: Tensor, noise: Tensor, options: Options) -> Tensor:
     """IBP over a small box around an adversarial point (Mueller et al. 2023, arXiv:2210.04871, section 3).
 
-    The point is looked for where the small box, of radius ``mixture * eps``, stays within the large one.
+    The point is looked for, in each pixel, only so far from the image that the small box, of radius ``mixture * eps``, stays
+    within the large one.
     """
     radius = options.mixture * options.eps
     whole = box_around(images, options.eps)

@@ -104,7 +104,20 @@ def apply_overrides(experiment: Experiment, overrides: Sequence[str]) -> Experim
     return dataclasses.replace(experiment, **changes)
 
 
-def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str, Any]:
+def setting_name(experiment: Experiment, key: str, option: str = "--set") -> str:
+    """The dotted name of the setting that a key of the command line stands for.
+
+    Args:
+        option: of the command line, for messages.
+
+    Raises:
+        InputError: an unknown or ambiguous name.
+    """
+    group, name, _ = _resolve(experiment, key, option)
+    return name if group is None else f"{group}.{name}"
+
+
+def _resolve(experiment: Experiment, key: str, option: str = "--set") -> tuple[str | None, str, Any]:
     """The group (or None), the name and the type of a setting."""
     names: dict[str, tuple[str | None, str, Any]] = {}
     for outer in dataclasses.fields(Experiment):
@@ -122,15 +135,15 @@ def _resolve(experiment: Experiment, key: str) -> tuple[str | None, str, Any]:
         return names[key]
     members = [name for name in names if name.startswith(f"{key}.")]
     if members:
-        raise InputError(f"--set {key}: a group of settings, allowed is one of {', '.join(members)}")
+        raise InputError(f"{option} {key}: a group of settings, allowed is one of {', '.join(members)}")
     matches = [name for name in names if name.rpartition(".")[2] == key]
     if len(matches) == 1:
         return names[matches[0]]
     if matches:
-        raise InputError(f"--set {key}: stands for several settings, allowed is one of {', '.join(matches)}")
+        raise InputError(f"{option} {key}: stands for several settings, allowed is one of {', '.join(matches)}")
     last_parts = {name.rpartition(".")[2]: name for name in names}
     near = dict.fromkeys(last_parts.get(name, name) for name in nearest(key, [*names, *last_parts], 3))
-    raise InputError(f"--set {key}: no such setting; {allowed_names(list(near), list(names))}")
+    raise InputError(f"{option} {key}: no such setting; {allowed_names(list(near), list(names))}")
 
 
 def _absolute(settings: Mapping[str, Any], base: Path) -> dict[str, Any]:

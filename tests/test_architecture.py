@@ -31,9 +31,9 @@ LAYERS = [
     {"experiment", "user_files", "problem_files", "problem", "searchers", "evaluation", "runs", "logging"},
     {"parts", "config"},
     {"finished"},
-    {"certify", "export"},
-    {"training", "bench"},
-    {"cli"},
+    {"certify", "export", "compare", "plots"},
+    {"training", "bench", "sweep"},
+    {"cli_parts", "cli_studies", "cli"},
 ]
 LEVEL = {name: level for level, names in enumerate(LAYERS) for name in names}
 FILES = sorted(path for path in PACKAGE.rglob("*.py") if path != PACKAGE / "__init__.py")

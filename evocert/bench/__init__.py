@@ -73,7 +73,7 @@ def _report(settings: Settings, show: Show) -> dict[str, Any]:
     works = [_work(settings, network, device, show) for network in dict.fromkeys(settings.networks)]
     for work, _ in works:
         for bound in settings.bounds:
-            measure.tile(work, bound, device)  # it is refused here, or not at all
+            measure.tile(work, bound, device, settings.memory_budget)  # it is refused here, or not at all
     report: dict[str, Any] = {
         "date": datetime.now(UTC).strftime("%Y-%m-%dT%H:%M:%SZ"),
         "environment": environment(device, torch.get_num_threads()),
@@ -85,7 +85,7 @@ def _report(settings: Settings, show: Show) -> dict[str, Any]:
     }
     show.header(report)
     for work, about in works:
-        one = _Bench(work, device, settings.repeats, report["multiply_adds_per_second"], show)
+        one = _Bench(work, device, settings.memory_budget, settings.repeats, report["multiply_adds_per_second"], show)
         found = {**about, "bounds": [one.row(bound) for bound in dict.fromkeys(settings.bounds)]}
         report["networks"].append(found)
         show.network(found)
@@ -140,6 +140,7 @@ class _Bench:
 
     work: Work
     device: torch.device
+    budget: str
     repeats: int
     rate: float
     show: Show
@@ -149,7 +150,7 @@ class _Bench:
         """All figures of one bound. Milliseconds are for a network and image, memory is bytes, or why it was not measured."""
         work, device = self.work, self.device
         pairs = len(work.parameters) * len(work.labels)
-        tile, pass_tile = measure.tile(work, bound, device), measure.tile(work, "ibp", device)
+        tile, pass_tile = (measure.tile(work, name, device, self.budget) for name in (bound, "ibp"))
         self._say(bound, "")
         forward, bounds = partial(measure.logits, work, pass_tile), partial(measure.margins, work, bound, tile)
         forward()

@@ -17,15 +17,14 @@ from evocert.bounds import BOUNDS, Tile, box_around, choose_tile, over_tiles
 from evocert.errors import InputError
 from evocert.memory import parse_bytes
 
-BUDGET = "2GiB"  # the default of the setting memory_budget
 Call = Callable[[], Any]
 
 
-def tile(work: Work, bound: str, device: torch.device) -> Tile:
-    """What evocert chooses. Raises InputError where not even one member and image fit."""
+def tile(work: Work, bound: str, device: torch.device, budget: str) -> Tile:
+    """What evocert chooses within a memory budget. Raises InputError where not even one member and image fit."""
     try:
         cost = BOUNDS[bound].cost(work.network, device)
-        return choose_tile(cost, len(work.labels), parse_bytes(BUDGET), device)
+        return choose_tile(cost, len(work.labels), parse_bytes(budget), device)
     except ValueError as error:
         raise InputError(f"{work.label} with {bound}: {error}") from error
 

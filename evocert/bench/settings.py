@@ -9,6 +9,7 @@ from pathlib import Path
 from evocert.bench.work import DATA, WEIGHTS, named
 from evocert.bounds import BOUNDS
 from evocert.errors import InputError
+from evocert.memory import parse_bytes
 from evocert.settings import check_choice, check_range
 
 
@@ -27,6 +28,7 @@ class Settings:
         repeats: how often each call is timed.
         device: "auto", "cpu" or "cuda:N".
         out: a file for the report as JSON.
+        memory_budget: from which the tiles are chosen, as the setting of that name.
 
     Raises:
         InputError: a value that is not allowed.
@@ -43,6 +45,7 @@ class Settings:
     repeats: int
     device: str
     out: Path | None
+    memory_budget: str = "2GiB"
 
     def __post_init__(self) -> None:
         for network in self.networks:
@@ -61,6 +64,7 @@ class Settings:
         )
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             check_choice("--device", self.device, ("auto", "cpu", "cuda:0", "cuda:1"), " and so on")
+        parse_bytes(self.memory_budget)
         if self.out is not None:
             _check_file(self.out)
 

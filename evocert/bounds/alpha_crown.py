@@ -30,7 +30,7 @@ def margins(members: Members, box: Box, labels: Tensor, *, steps: int = STEPS) -
     """
     # Copies, since what was made in inference mode has no gradient, and nothing that is made in it.
     with torch.inference_mode(False), torch.no_grad():
-        plain = Members(members.network, members.parameters.detach().clone())
+        plain = Members(members.network, members.parameters.detach().clone(), members.chunk_parts)
         boxed = Box(box.lower.detach().clone(), box.upper.detach().clone())
         highest, slopes = _ascended(plain, boxed, labels.clone(), steps)
     if not (torch.is_grad_enabled() and any(t.requires_grad for t in (members.parameters, *box))):

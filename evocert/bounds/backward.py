@@ -33,9 +33,9 @@ GPU_COPIES = 6
 Interval = tuple[Tensor, Tensor]
 
 
-def chunk_size(device: torch.device) -> int:
-    """Numbers that the coefficients of the rows worked on at once take on a device."""
-    return GPU_CHUNK if device.type == "cuda" else CPU_CHUNK
+def _chunk_size(members: Members) -> int:
+    """Numbers that the coefficients of the rows worked on at once take."""
+    return (GPU_CHUNK if members.parameters.device.type == "cuda" else CPU_CHUNK) // members.chunk_parts
 
 
 def chunk_memory(device: torch.device) -> int:
@@ -66,7 +66,7 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
     classes = members.network.num_classes
     radius = members.entered(box)[1]
     widest = max(int(torch.Size(node.input_shape).numel()) for node in members.nodes)
-    size = chunk_size(radius.device) // (len(members) * (classes - 1) * widest)
+    size = _chunk_size(members) // (len(members) * (classes - 1) * widest)
     parts = _cut(len(labels), size)
     tail = members.inner[len(members.hidden) :]  # affine: the same for all images of a class
     at_reference = logit_margins(forward(tail, relaxing.last), labels).unsqueeze(2)  # [P, B, 1, M]
@@ -182,7 +182,7 @@ class Substitution:
     def __init__(self, members: Members, box: Box, relaxations: Relaxations) -> None:
         self.members, self.relaxations = members, relaxations
         self.radius = members.entered(box)[1]
-        self.chunk = chunk_size(self.radius.device)
+        self.chunk = _chunk_size(members)
 
     def interval(self, path: Sequence[Node], reference: Tensor) -> Interval:
         """Lower and upper bounds of what a chain of nodes from the input on computes.

@@ -47,9 +47,9 @@ class Network:
     input_shape: Shape
     num_classes: int
 
-    def bind(self, parameters: Tensor) -> "Members":
-        """The networks of some members: ``parameters [P, D]``."""
-        return Members(self, parameters)
+    def bind(self, parameters: Tensor, chunk_parts: int = 1) -> "Members":
+        """The networks of some members: ``parameters [P, D]``; ``chunk_parts`` as of ``Tile``."""
+        return Members(self, parameters, chunk_parts)
 
     def logits(self, parameters: Tensor, images: Tensor) -> Tensor:
         """Parameters ``[P, D]``, images ``[B, C, H, W]`` -> logits ``[P, B, K]``."""
@@ -76,9 +76,8 @@ class Members:
         nodes: the bound layers, in the order in which they run.
     """
 
-    def __init__(self, network: Network, parameters: Tensor) -> None:
-        self.network = network
-        self.parameters = parameters
+    def __init__(self, network: Network, parameters: Tensor, chunk_parts: int = 1) -> None:
+        self.network, self.parameters, self.chunk_parts = network, parameters, chunk_parts
         self.nodes: list[Node] = [layer.bind(parameters) for layer in network.layers]
 
     def __len__(self) -> int:

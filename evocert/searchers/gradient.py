@@ -50,12 +50,11 @@ class Descent(SearchAlgorithm):
         l1: float = 0.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
-        super().__init__(
-            problem,
-            center=lambda: self._center,
-            stdev=lambda: self._stdev,
-            mean_eval=lambda: self._mean_eval,
-        )
+        if clip_norm is not None and not 0 < clip_norm < math.inf:
+            raise InputError(f"clip_norm={clip_norm}: allowed is a finite number over 0, or none")
+        if not 0 <= l1 < math.inf:
+            raise InputError(f"l1={l1}: allowed is a finite number, 0 or more")
+        super().__init__(problem, center=self._get_center, stdev=self._get_stdev, mean_eval=self._get_mean_eval)
         self._center = problem.generate_values(1)[0].as_subclass(Tensor).clone()
         self._stdev = torch.zeros(1, dtype=self._center.dtype, device=self._center.device)
         self._mean_eval = math.nan
@@ -94,6 +93,17 @@ class Descent(SearchAlgorithm):
             "options": {} if cls.objective in ("certified", "standard") else names,
         }
 
+    # The status. Methods, not lambdas: searchers can be pickled.
+
+    def _get_center(self) -> Tensor:
+        return self._center
+
+    def _get_stdev(self) -> Tensor:
+        return self._stdev
+
+    def _get_mean_eval(self) -> float:
+        return self._mean_eval
+
     @property
     def optimizer(self) -> Any:
         """torch's, or EvoTorch's ClipUp; None for a plain step."""
@@ -117,6 +127,8 @@ class Descent(SearchAlgorithm):
 
     def _follow(self, gradient: Tensor) -> None:
         gradient = gradient + self._l1 * self._center.sign()
+        if not bool(gradient.any()):  # no direction either, and ClipUp would make NaN of it
+            return
         if self._clip_norm is not None:
             gradient = gradient * (self._clip_norm / gradient.norm()).clamp(max=1.0)
         if self._optimizer is None:

@@ -60,7 +60,13 @@ def drawn(kind, seed):
 
 def _dense(random, activation=nn.ReLU):
     widths = [4, random.randint(2, 4), random.randint(2, 4), 3]
-    layers = [nn.Flatten(), nn.Linear(widths[0], widths[1]), activation(), nn.Linear(widths[1], widths[2]), activation()]
+    layers = [
+        nn.Flatten(),
+        nn.Linear(widths[0], widths[1]),
+        activation(),
+        nn.Linear(widths[1], widths[2]),
+        activation(),
+    ]
     return (1, 2, 2), [Normalize([0.4], [0.5]), *layers, nn.Linear(widths[2], 3)]
 
 

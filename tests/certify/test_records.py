@@ -54,7 +54,14 @@ class TestRows:
         lines = [json.loads(line) for line in found.path("jsonl").read_text().splitlines()]
         more = [[], ["tried"], ["point"], ["contradicted"]]
         assert [list(line) for line in lines] == [FIELDS + each for each in more]
-        assert lines[0] == {"index": 4, "label": 3, "prediction": 3, "verdict": "certified", "by": "ibp", "seconds": 0.5}
+        assert lines[0] == {
+            "index": 4,
+            "label": 3,
+            "prediction": 3,
+            "verdict": "certified",
+            "by": "ibp",
+            "seconds": 0.5,
+        }
         assert lines[1]["by"] is None
 
     def test_are_on_the_disk_at_once(self, opened):
