@@ -13,7 +13,7 @@ from evocert.compare.rows import Comparison, Row
 from evocert.errors import InputError
 
 AXES = {"generations": "generations", "seconds": "seconds of training, without validations"}
-CURVES = {"certified": "certified", "natural": "natural"}
+CURVES = {"certified": "certified by the bound trained with (%)", "natural": "natural (%)"}
 # Okabe and Ito's colours, told apart by the colour-blind too, without the yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
 DASHES: tuple[Any, ...] = ("-", (0, (5, 2)), (0, (1, 1.5)), (0, (6, 2, 1, 2)), (0, (3, 1, 1, 1, 1, 1)))
@@ -43,7 +43,7 @@ def plot(comparison: Comparison, path: Path, by: str | None = None) -> None:
     for panel, (name, axis) in zip(panels, product(CURVES, axes), strict=True):
         drawn = [_draw(panel, row, axis, name, style) for row, style in zip(curves, styles, strict=True)]
         panel.set_xlabel(AXES[axis])
-        panel.set_ylabel(f"{CURVES[name]} (%)")
+        panel.set_ylabel(CURVES[name])
         panel.set_xlim(left=0)
         panel.set_ylim(bottom=0)
         panel.grid(alpha=0.25)
@@ -77,13 +77,11 @@ def _draw(panel: Any, curves: Sequence[Curve], axis: str, name: str, style: dict
 
 def _styles(comparison: Comparison) -> list[dict[str, Any]]:
     """One for each row: colours for bounds and dashes for the rest of its name, if there are enough of both."""
-    bounds = list(dict.fromkeys(row.first.bound for row in comparison.rows))
-    rest = {
-        id(row): (row.first.method, row.first.problem, row.first.eps, *map(str, row.differs.values()))
-        for row in comparison.rows
-    }
-    others = list(dict.fromkeys(rest.values()))
-    pairs = [(bounds.index(row.first.bound), others.index(rest[id(row)])) for row in comparison.rows]
+    names = [comparison.names(row) for row in comparison.rows]
+    bounds = list(dict.fromkeys(name["bound"] for name in names))
+    rest = [tuple(words for key, words in name.items() if key != "bound") for name in names]
+    others = list(dict.fromkeys(rest))
+    pairs = [(bounds.index(name["bound"]), others.index(words)) for name, words in zip(names, rest, strict=True)]
     good = 1 < len(bounds) <= len(COLOURS) and len(others) <= len(DASHES) and len(set(pairs)) == len(pairs)
     if not good:
         pairs = [(number % len(COLOURS), number // len(COLOURS) % len(DASHES)) for number in range(len(pairs))]
@@ -91,7 +89,7 @@ def _styles(comparison: Comparison) -> list[dict[str, Any]]:
 
 
 def _label(comparison: Comparison, row: Row) -> str:
-    return comparison.label(row) + (f" ({len(row.runs)} seeds)" if len(row.runs) > 1 else "")
+    return ", ".join(comparison.names(row).values()) + (f" ({len(row.runs)} seeds)" if len(row.runs) > 1 else "")
 
 
 def _title(comparison: Comparison) -> str:

@@ -20,8 +20,10 @@ from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
+from evocert.problem import CertifiedTraining, NonFiniteFitnessError
 from evocert.problem_files import load_problem
 from evocert.runs import CHECKPOINT, Run
+from evocert.searchers import METHODS
 from evocert.training import Interrupted, Unwritable, resume, start
 
 PROBLEM = """\
@@ -596,6 +598,69 @@ class TestResume:
         assert same(checkpoint(folder), checkpoint(reference))
 
 
+class TestMethods:
+    """Those that follow gradients; all the rest of this file is about pgpe."""
+
+    @pytest.mark.parametrize("name", [name for name in METHODS if name != "pgpe"])
+    def test_run(self, problem, tmp_path, name):
+        folder = tmp_path / "run"
+        start(problem, [f"method={name}", "generations=4", "clip_norm=5", "l1=1e-5"], folder, Silent())
+        assert {p.name for p in folder.iterdir()} >= RECORDS
+        results = outcome(folder)
+        assert (results["method"], results["generations"]) == (name, 4)
+        accuracy = results["accuracy"]
+        assert 0 <= accuracy["certified"]["ibp"] <= accuracy["attacked"] <= accuracy["natural"] <= 1
+        found = [row for row in rows(folder) if row["event"] == "generation"]
+        assert [row["generation"] for row in found] == [1, 2, 3, 4]
+        assert all(row["mean_eval"] > 0 for row in found)
+        sigmas = [0.02 * (1 - 0.5 * done / 4) for done in range(4)] if name == "rgs" else [0.0] * 4
+        assert [row["sigma"] for row in found] == pytest.approx(sigmas)
+        certified = name in ("grad", "rgs")
+        assert [set(row) & {"certified", "natural_loss"} for row in found] == [
+            {"certified", "natural_loss"} if certified and done % 3 == 0 else {"certified"} if certified else set()
+            for done in range(4)
+        ]
+        state = checkpoint(folder)
+        assert int(state["searcher"]["optimizer"]["state"][0]["step"]) == 4
+        config = json.loads((folder / "config.json").read_text())
+        assert (config["method"], config["clip_norm"], config["l1"]) == (name, 5.0, 1e-5)
+
+    @pytest.mark.parametrize("name", ["grad", "rgs", "sabr"])
+    def test_resumed_are_bit_for_bit(self, problem, tmp_path, name):
+        overrides = [f"method={name}", "optimizer_config.amsgrad=true", "train_attack_steps=2"]
+        start(problem, overrides, tmp_path / "whole", Silent())
+        killed, stopped = tmp_path / "killed", tmp_path / "stopped"
+        with pytest.raises(_KilledError):
+            start(problem, overrides, killed, _Stopping(6, _kill))
+        with pytest.raises(Interrupted):
+            interrupt = _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT))
+            start(problem, [*overrides, "checkpoint_seconds=1000"], stopped, interrupt)
+        assert checkpoint(killed)["generation"] == 5
+        assert checkpoint(stopped)["generation"] == 7
+        for folder in (killed, stopped):
+            resume(folder, Silent())
+            assert rows(folder) == rows(tmp_path / "whole")
+            assert same(checkpoint(folder), checkpoint(tmp_path / "whole"))
+            assert outcome(folder) == outcome(tmp_path / "whole")
+            assert (folder / "network.onnx").read_bytes() == (tmp_path / "whole" / "network.onnx").read_bytes()
+
+    def test_that_meet_nothing_finite_stop_with_their_records(self, problem, tmp_path, monkeypatch):
+        folder, losses = tmp_path / "run", CertifiedTraining._losses
+
+        def overflowing(self, *found):
+            return losses(self, *found) * (torch.nan if self.generation >= 5 else 1)
+
+        with monkeypatch.context() as patch:
+            patch.setattr(CertifiedTraining, "_losses", overflowing)
+            with pytest.raises(NonFiniteFitnessError, match="in 3 generations in a row"):
+                start(problem, ["method=grad"], folder, Silent())
+        found = [row for row in rows(folder) if row["event"] == "generation"]
+        assert [row["mean_eval"] is None for row in found] == [False] * 5 + [True] * 2
+        assert [row["nonfinite_evals"] for row in found] == [0] * 5 + [1, 2]
+        assert checkpoint(folder)["searcher"]["mu"].isfinite().all()
+        assert not (folder / "results.json").exists()
+
+
 class TestBadInput:
     @pytest.mark.parametrize(
         ("overrides", "message"),
@@ -604,6 +669,17 @@ class TestBadInput:
             (["batch_size=100000"], "batch_size=100000: allowed is 1 to"),
             (["memory_budget=1KB"], "memory_budget"),
             (["depth=3"], "the network cnn3 has no depth"),
+            (["method=rgs", "stdev_init=0"], r"stdev_init=0\.0: allowed is a finite number over 0, with method=rgs"),
+            (["method=grad", "num_actors=2"], "num_actors=2: allowed is 0, with method=grad"),
+            (["method=sabr", "stdev_learning_rate=0.1"], r"stdev_learning_rate=0\.1: allowed is 0, with method=sabr"),
+            (["method=mtl-ibp", "mixture=1.5"], r"mixture=1\.5: allowed is 0 to 1"),
+            (["method=sabr", "mixture=-0.1"], r"mixture=-0\.1: allowed is 0 to 1"),
+            (["method=pgd", "train_attack_steps=0"], "train_attack_steps=0: allowed is 1 or more"),
+            (["method=pgd", "train_attack_step=0"], r"train_attack_step=0\.0: allowed is a finite number over 0"),
+            (["method=grad", "clip_norm=0"], r"clip_norm=0\.0: allowed is a finite number over 0, or none"),
+            (["method=grad", "l1=-1"], r"l1=-1\.0: allowed is a finite number, 0 or more"),
+            (["method=rgs", "popsize=5"], "popsize=5: allowed is an even number, with symmetric=true"),
+            (["method=RGS"], r"method='RGS': allowed are pgpe, .*exp-ibp, pgd, standard \(did you mean rgs\?\)"),
             (["mean=0.1,0.2", "std=1,1"], "the images have 1 channels"),
             (["data=mnist", "data_dir=nowhere", "download=false"], "nowhere"),
         ],

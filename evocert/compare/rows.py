@@ -7,6 +7,7 @@ from typing import Any
 
 from evocert.compare.read import Certification, RunRecord
 
+SHOWN = 4  # settings in which rows differ, in tables and legends; the files .csv and .json have all
 # Settings that have a place of their own in every table.
 OWN = ("problem", "method", "bound", "eps", "generations")
 
@@ -30,7 +31,7 @@ class Row:
 
     Attributes:
         runs: one for each seed, by rising seed.
-        differs: the settings that are not the same in all rows, but for those in ``OWN``.
+        differs: the settings that are not the same in all rows of its problem, but for those in ``OWN``.
         certifications: of ``evocert certify``, of those runs that have one; empty where they cannot be averaged.
     """
 
@@ -41,6 +42,12 @@ class Row:
     @property
     def first(self) -> RunRecord:
         return self.runs[0]
+
+    @property
+    def settings(self) -> str:
+        """The settings in which it differs, in words; only the first of them where they are many."""
+        parts = [f"{key}={value}" for key, value in self.differs.items()]
+        return ", ".join(parts[:SHOWN]) + (f" and {len(parts) - SHOWN} more" if len(parts) > SHOWN else "")
 
     @property
     def seeds(self) -> list[int]:
@@ -88,14 +95,14 @@ class Comparison:
         """Whether something is not the same in all runs."""
         return len({of(run) for row in self.rows for run in row.runs}) > 1
 
-    def label(self, row: Row) -> str:
-        """A row's name beside the others: all in which it differs from them."""
+    def names(self, row: Row) -> dict[str, str]:
+        """Method, bound and all else in which a row differs from the others, in words."""
         first = row.first
-        parts = [first.problem] if self.varies(lambda run: run.problem) else []
-        parts += [first.method, first.bound]
-        parts += [f"eps {first.eps:.4g}"] if self.varies(lambda run: run.eps) else []
-        parts += [f"{first.generations} generations"] if self.varies(lambda run: run.generations) else []
-        return ", ".join(parts + [f"{key} {value}" for key, value in row.differs.items()])
+        names = {"problem": first.problem} if self.varies(lambda run: run.problem) else {}
+        names |= {"method": first.method, "bound": first.bound}
+        names |= {"eps": f"eps {first.eps:.4g}"} if self.varies(lambda run: run.eps) else {}
+        names |= {"generations": f"{first.generations} generations"} if self.varies(lambda run: run.generations) else {}
+        return names | ({"settings": row.settings} if row.differs else {})
 
 
 def compare_runs(runs: Iterable[RunRecord], notes: Iterable[str] = ()) -> Comparison:
@@ -115,7 +122,7 @@ def compare_runs(runs: Iterable[RunRecord], notes: Iterable[str] = ()) -> Compar
         group.sort(key=_seed)
         certifications, lines = _common(group)
         warnings += lines
-        differs = {key: group[0].settings.get(key, "not on record") for key in differing}
+        differs = {key: group[0].settings.get(key, "not on record") for key in differing[group[0].problem]}
         rows.append(Row(tuple(group), differs, certifications))
     for words, of in (
         ("data differ", lambda run: f"{run.data}, {run.examples} images"),
@@ -138,10 +145,14 @@ def _seed(run: RunRecord) -> int:
     return run.seed
 
 
-def _differing(runs: Sequence[RunRecord]) -> list[str]:
-    """The settings that not all runs share, but for those that every table has a place for."""
-    names = dict.fromkeys(name for run in runs for name in run.settings if name not in OWN)
-    return [name for name in names if len({repr(run.settings.get(name, "")) for run in runs}) > 1]
+def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
+    """For each problem, the settings that not all of its runs share, but for those that every table has a place for."""
+    found = {}
+    for problem in {run.problem for run in runs}:
+        own = [run.settings for run in runs if run.problem == problem]
+        names = dict.fromkeys(name for settings in own for name in settings if name not in OWN)
+        found[problem] = [name for name in names if len({repr(settings.get(name, "")) for settings in own}) > 1]
+    return found
 
 
 def _common(group: Sequence[RunRecord]) -> tuple[tuple[Certification, ...], list[str]]:

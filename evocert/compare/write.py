@@ -15,7 +15,7 @@ from evocert.display import Output, clock
 from evocert.errors import InputError
 from evocert.files import write_atomically
 
-PIPE_WIDTH = 200  # where stdout is no terminal, lines are as long as the table needs
+PIPE_WIDTH = 400  # where stdout is no terminal, lines are as long as the table needs
 # What a run writes once: never to be replaced by a table.
 _RECORDS = ("results.json", "config.json", "environment.json", "split.json", "certify.json", "sweep.json")
 
@@ -28,7 +28,7 @@ def show(comparison: Comparison) -> None:
     for title, names, lines in _tables(comparison):
         table = Table(safe_box=True)
         for name in names:
-            table.add_column(name, justify="left" if name in _WORDS else "right")
+            table.add_column(name, justify="left" if name in _WORDS else "right", overflow="fold")
         for cells in lines:
             table.add_row(*cells)
         console.print(title, markup=False, soft_wrap=True)
@@ -85,7 +85,7 @@ def comma_separated(comparison: Comparison) -> str:
         first = row.first
         line: dict[str, Any] = {
             "problem": first.problem, "method": first.method, "bound": first.bound, "eps": first.eps, "data": first.data,
-            "examples": first.examples, "generations": first.generations, **row.differs,
+            "examples": first.examples, "generations": first.generations,
             "seeds": " ".join(map(str, row.seeds)),
         }  # fmt: skip
         for name, figure in _figures(comparison, row).items():
@@ -94,9 +94,10 @@ def comma_separated(comparison: Comparison) -> str:
         if comparison.stages:
             line["certify.examples"] = row.certifications[0].examples if row.certifications else None
             line["certify.seeds"] = len(row.certifications)
-        lines.append(line)
+        lines.append(line | row.differs)
     file = io.StringIO()
-    table = csv.DictWriter(file, list(lines[0]), lineterminator="\n")
+    names = dict.fromkeys(name for line in lines for name in line)  # problems differ in settings of their own each
+    table = csv.DictWriter(file, list(names), lineterminator="\n")
     table.writeheader()
     table.writerows(lines)
     return file.getvalue()
@@ -215,7 +216,7 @@ def _keys(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]]
         ("method", lambda row: row.first.method, ""),
         ("bound", lambda row: row.first.bound, ""),
         ("eps", lambda row: f"{row.first.eps:.4g}", "eps = {}"),
-        ("settings", lambda row: ", ".join(f"{key}={value}" for key, value in row.differs.items()), ""),
+        ("settings", lambda row: row.settings, ""),
         ("generations", lambda row: str(row.first.generations), "{} generations"),
         ("seeds", lambda row: _seeds(row.seeds), ""),
     ]
