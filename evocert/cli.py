@@ -170,7 +170,9 @@ def certify(
         str,
         typer.Option(metavar="A,B,C", help="Names of bounds, attack and exact, in the order in which they are tried."),
     ] = "ibp,crown-ibp,deeppoly,attack,alpha-crown,exact",
-    timeout: Annotated[float, typer.Option(metavar="SECONDS", help="Of the exact method, for an example.")] = 30.0,
+    timeout: Annotated[
+        float, typer.Option(parser=real_number, metavar="SECONDS", help="Of the exact method, for an example.")
+    ] = 30.0,
     workers: Annotated[int, typer.Option(parser=whole_number, metavar="N", help="Processes for the exact method.")] = 1,
     verifier: Annotated[
         str | None,

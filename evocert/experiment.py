@@ -72,8 +72,8 @@ class Experiment:
         width, depth: of the named network, where it has one; None: its own default.
         mean, std: of each channel, for the normalisation; None: those of the training part.
         bound: a name in ``evocert.bounds.BOUNDS``.
-        method: how the centre is moved, a name in ``evocert.searchers.METHODS``. On the smoothed certified loss "pgpe" and "rgs";
-            on a loss at the centre "grad" (certified), "standard", "pgd", "sabr", "mtl-ibp", "cc-ibp" and "exp-ibp".
+        method: how the centre is moved, a name in ``evocert.searchers.METHODS``: on the smoothed certified loss "pgpe" and
+            "rgs"; on a loss at the centre "grad" (certified), "standard", "pgd", "sabr", "mtl-ibp", "cc-ibp" and "exp-ibp".
         eps: the radius that is certified, in [0, 1] pixels.
         train_eps: the radius that is trained at; None: eps.
         generations: how many populations are evaluated, and updates made.

@@ -119,7 +119,7 @@ def test_other_data(copy):
     split = json.loads((copy / "split.json").read_text())
     split["test"]["indices"] = split["test"]["indices"][::-1]
     (copy / "split.json").write_text(json.dumps(split))
-    with pytest.raises(InputError, match="the data are not those .*test"):
+    with pytest.raises(InputError, match=r"the data are not those .*test"):
         load_finished(copy)
 
 

@@ -2,6 +2,7 @@
 
 import copy
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
@@ -261,11 +262,12 @@ class TestNoise:
         quantiles = torch.linspace(-1, 1, len(noise), dtype=torch.float64)
         assert (noise - quantiles).abs().max() < 0.02  # of Kolmogorov and Smirnov: 0.0086 in 1 of 20
 
-    def test_is_another_stream_than_the_rows(self):
+    @pytest.mark.parametrize("generation", [0, 1, 10**6])
+    def test_is_another_stream_than_that_of_the_rows(self, generation):
         """The same numbers for both would tie an attack's start to the images that it starts at."""
-        rows = drawn_rows(0, 0, 10**6, 1000)
-        noise = drawn_noise(0, 0, torch.zeros(1000, dtype=torch.float64)).sort().values
-        drawn = (noise + 1) / 2 * 10**6
-        assert (drawn - rows).abs().min() > 0
-        assert torch.equal(rows, drawn_rows(0, 0, 10**6, 1000))
-        assert not torch.equal(rows, drawn_rows(0, 1, 10**6, 1000))
+        stream = np.random.Generator(np.random.Philox(key=np.array([3, generation], np.uint64)))
+        rows = np.sort(stream.choice(10**6, 1000, replace=False, shuffle=False))
+        assert drawn_rows(3, generation, 10**6, 1000).tolist() == rows.tolist()
+        stream = np.random.Generator(np.random.Philox(key=np.array([3, generation], np.uint64)))
+        noise = drawn_noise(3, generation, torch.zeros(1000, dtype=torch.float64)).numpy()
+        assert not np.isin(noise, stream.uniform(-1, 1, 2000)).any()

@@ -22,7 +22,14 @@ def test_evotorch_snippet(capsys):
 
 
 def test_links_lead_somewhere():
-    for name in ("README.md", "CONTRIBUTING.md", "docs/bounds.md", "docs/decisions.md", "docs/performance.md"):
+    for name in (
+        "README.md",
+        "CONTRIBUTING.md",
+        "docs/bounds.md",
+        "docs/certificates.md",
+        "docs/decisions.md",
+        "docs/performance.md",
+    ):
         text = (ROOT / name).read_text()
         for target in re.findall(r"\]\((?!https?:)([^)#]+)\)", text):
             assert ((ROOT / name).parent / target).exists(), f"{name}: {target}"

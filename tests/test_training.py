@@ -632,8 +632,8 @@ class TestMethods:
         killed, stopped = tmp_path / "killed", tmp_path / "stopped"
         with pytest.raises(_KilledError):
             start(problem, overrides, killed, _Stopping(6, _kill))
+        interrupt = _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT))
         with pytest.raises(Interrupted):
-            interrupt = _Stopping(7, lambda: os.kill(os.getpid(), signal.SIGINT))
             start(problem, [*overrides, "checkpoint_seconds=1000"], stopped, interrupt)
         assert checkpoint(killed)["generation"] == 5
         assert checkpoint(stopped)["generation"] == 7

@@ -34,6 +34,11 @@ class Toy(Problem):
         return losses.detach(), torch.autograd.grad(losses.sum(), leaf)[0]
 
 
+def quadratic(x):
+    """Its gradient is the point itself, less 1."""
+    return ((x - 1) ** 2).sum(1) / 2
+
+
 # The two losses of the figure of arXiv:2403.07095, each of one parameter.
 
 

@@ -20,7 +20,7 @@ def compare(folders: Sequence[Path]) -> Comparison:
     runs: list[RunRecord] = []
     notes: list[str] = []
     seen: set[Path] = set()
-    for path in (path for folder in folders for path in _runs(folder)):
+    for path in (path for folder in folders for path in _runs(folder, notes)):
         if path.resolve() in seen:
             notes.append(f"{path} is named twice, and is in the table once")
             continue
@@ -36,7 +36,8 @@ def compare(folders: Sequence[Path]) -> Comparison:
     return compare_runs(runs, notes)
 
 
-def _runs(folder: Path) -> Iterator[Path]:
+def _runs(folder: Path, notes: list[str]) -> Iterator[Path]:
+    """The folder itself or, of a sweep, those of its runs that have begun; the others are noted."""
     if not folder.is_dir():
         raise InputError(f"{folder}: there is no such run folder")
     if not (folder / SWEEP).is_file():
@@ -46,5 +47,8 @@ def _runs(folder: Path) -> Iterator[Path]:
         names = list(json.loads((folder / SWEEP).read_bytes())["cells"])
     except (OSError, ValueError, KeyError, TypeError) as error:
         raise InputError(f"{folder / SWEEP} is damaged: allowed is what evocert sweep wrote there") from error
-    # A cell that has not begun has no folder, and is the sweep's concern.
-    yield from (folder / str(name) for name in names if (folder / str(name) / "config.json").is_file())
+    for path in (folder / str(name) for name in names):
+        if (path / "config.json").is_file():
+            yield path
+        else:
+            notes.append(f"left out, not begun: {path}")

@@ -8,6 +8,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from rich.measure import Measurement
 from rich.table import Table
 
 from evocert.compare.rows import Comparison, Figure, Row
@@ -25,14 +26,20 @@ def show(comparison: Comparison) -> None:
     console = Output(highlight=False)
     if not console.is_terminal:
         console.width = PIPE_WIDTH
+    wide = console.options.update(width=PIPE_WIDTH)
     for title, names, lines in _tables(comparison):
         table = Table(safe_box=True)
         for name in names:
-            table.add_column(name, justify="left" if name in _WORDS else "right", overflow="fold")
+            table.add_column(name, justify="left" if name in _WORDS else "right")
         for cells in lines:
             table.add_row(*cells)
         console.print(title, markup=False, soft_wrap=True)
-        console.print(table)
+        if Measurement.get(console, wide, table).minimum <= console.width:
+            console.print(table)
+            continue
+        for cells in lines:  # a paragraph each, where the terminal is too narrow for words to stay whole
+            pairs = zip(names, cells, strict=True)
+            console.print("  " + "; ".join(f"{name} {cell}" for name, cell in pairs if cell), markup=False)
     for line in _remarks(comparison):
         console.print(line, markup=False, soft_wrap=True)
 
@@ -189,11 +196,10 @@ def _tables(comparison: Comparison) -> list[_Table]:
     ]
     tables = [(title, [*names, "natural", "attacked", *bounds, "training"], lines)]
     if _has(comparison):
-        stages = [f"first by {stage}" for stage in comparison.stages]
         tables.append(
             (
-                "by evocert certify, in percent of the examples; each stage counts what it was the first to prove",
-                [*names, "examples", "natural", "not broken", *stages, "certified in total", "undecided"],
+                "evocert certify, in percent of the examples; certified first by each stage, and in total",
+                [*names, "examples", "natural", "not broken", *comparison.stages, "total", "undecided"],
                 [
                     [
                         *key,

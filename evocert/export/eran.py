@@ -13,7 +13,8 @@ README = """\
 # For ERAN
 
 `images.csv` has one row for each of the first {count} test images, in order, also for those that the network misclassifies
-(ERAN leaves them out itself): the class, then the pixels from 0 to 255 in the order height, width, channel. {whole}
+(ERAN leaves them out itself): the class, then the pixels from 0 to 255 in the order height, width, channel.
+{whole}
 
 ERAN (https://github.com/eth-sri/eran) looks for images in its own folder `data`, under a name that `--subset` completes. With
 `$ERAN` for its folder and `$HERE` for the one above this:
@@ -23,8 +24,8 @@ ERAN (https://github.com/eth-sri/eran) looks for images in its own folder `data`
     python3 . --netname $HERE/{onnx} --dataset {dataset} --subset {name} --num_tests {count} \\
         --mean {mean} --std {std} --epsilon {eps!r} --domain deeppoly
 
-eps is in pixels from 0 to 1 and ERAN clips the box to them. `--mean` and `--std` must be given: {units} Without them ERAN
-takes its own for some data sets, without a word.{shape}{packed}
+eps is in pixels from 0 to 1, and ERAN clips the box to them. {units}
+`--mean` and `--std` must be given: without them ERAN takes its own for some data sets, without a word.{shape}{packed}
 
 These lines follow from ERAN's public source; they were not run.
 """
@@ -79,7 +80,7 @@ def _readme(sidecar: Mapping[str, Any], pixels: np.ndarray) -> str:
         mean=" ".join(map(repr, normalisation["mean"] if outside else [0] * channels)),
         std=" ".join(map(repr, normalisation["std"] if outside else [1] * channels)),
         eps=sidecar["eps"],
-        units="the network takes normalised inputs." if outside else "the normalisation is in the network already.",
+        units="The network takes normalised inputs." if outside else "The normalisation is in the network already.",
         shape=""
         if fits
         else f"\n\nERAN reads images of one channel, or of 3x32x32: not these, of {channels}x{height}x{width}.",

@@ -5,13 +5,14 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from evocert.sweep.folder import Folder, State
 from evocert.sweep.grid import Cell
 
-_LAUNCH = "from evocert.sweep.orphans import end_with; end_with({parent}); from evocert.cli import main; main()"
+_LAUNCH = "from evocert.orphans import end_with; end_with({parent}); from evocert.cli import main; main()"
 _THREADS = ("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS")
 _LAST = 4096  # bytes at the end of a log that are searched for its last line
 
@@ -93,12 +94,10 @@ class Progress:
         whole = new[: new.rfind(b"\n") + 1]
         self._read += len(whole)
         lines = whole.splitlines()
-        # Only the last of each kind is of interest, and parsing the others costs.
-        for event in (b'"generation"', b'"validation"'):
-            row = next((_row(line) for line in reversed(lines) if line.startswith(b'{"event": ' + event)), {})
-            self.generation = row.get("generation", self.generation)
-            if "certified" in row and row["event"] == "validation":
-                self.natural, self.certified = row["natural"], row["certified"]
+        generation, validation = _last(lines, "generation"), _last(lines, "validation")
+        self.generation = generation.get("generation", self.generation)
+        self.natural = validation.get("natural", self.natural)
+        self.certified = validation.get("certified", self.certified)
 
 
 def last_line(path: Path) -> str:
@@ -112,9 +111,12 @@ def last_line(path: Path) -> str:
     return next((line.strip() for line in reversed(lines) if line.strip()), "")
 
 
-def _row(line: bytes) -> dict[str, Any]:
+def _last(lines: Sequence[bytes], event: str) -> dict[str, Any]:
+    """The last row of a kind; only that one is parsed, which is what costs."""
+    beginning = f'{{"event": "{event}"'.encode()
+    line = next((line for line in reversed(lines) if line.startswith(beginning)), b"{}")
     try:
-        row = json.loads(line)
-    except ValueError:
+        row: dict[str, Any] = json.loads(line)
+    except ValueError:  # damaged: resume says so
         return {}
-    return row if isinstance(row, dict) else {}
+    return row

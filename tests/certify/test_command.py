@@ -10,7 +10,6 @@ import numpy as np
 import onnx
 import pytest
 import torch
-from torch import nn
 
 from evocert.certify import cascade, records, solver
 from evocert.certify.command import Request, prepare
@@ -123,7 +122,7 @@ class TestDone:
     def test_other_data(self, evocert, run_folder, tmp_path):
         generator = np.random.default_rng(0)
         arrays = {f"x_{part}": generator.uniform(0, 1, (20, 1, 8, 8)).astype(np.float32) for part in ("train", "test")}
-        labels = {f"y_{part}": np.arange(20) % 10 for part in ("train", "test")}
+        labels = {f"y_{part}": np.arange(20) // 2 for part in ("train", "test")}
         np.savez(tmp_path / "mine.npz", **arrays, **labels)
         assert evocert("certify", run_folder, "--data", tmp_path / "mine.npz", "--methods", "ibp", "--quiet")[0] == 0
         content = json.loads((run_folder / "certify.json").read_text())
@@ -235,7 +234,7 @@ class TestRefused:
         ],
     )
     def test_data_that_do_not_fit(self, evocert, run_folder, tmp_path, shape, classes, words):
-        images, labels = np.zeros((24, *shape), np.uint8), np.arange(24) % classes
+        images, labels = np.zeros((48, *shape), np.uint8), np.arange(48) % classes
         np.savez(tmp_path / "mine.npz", x_train=images, y_train=labels, x_test=images, y_test=labels)
         refused(evocert("certify", run_folder, "--data", tmp_path / "mine.npz"), *words)
 
@@ -249,8 +248,9 @@ class TestRefused:
         refused(evocert("certify", model, "--data", "digits", "--eps", "0.1"), model, "ONNX")
 
     def test_a_file_with_a_layer_without_a_bound(self, evocert, model):
-        module = nn.Sequential(nn.Flatten(), nn.Linear(64, 12), nn.Softplus(), nn.Linear(12, 10))
-        torch.onnx.export(module, (torch.rand(1, 1, 8, 8),), model, dynamo=False)
+        network = onnx.load(model)
+        next(node for node in network.graph.node if node.op_type == "Relu").op_type = "Softplus"
+        onnx.save(network, model)
         refused(evocert("certify", model, "--data", "digits", "--eps", "0.1"), model, "Softplus")
 
     def test_records_that_cannot_be_read(self, evocert, run_folder):

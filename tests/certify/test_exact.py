@@ -7,6 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from small_networks import KINDS, critical, drawn, run, worst
 from torch import nn
 
 from evocert.attacks import pgd
@@ -16,7 +17,6 @@ from evocert.certify.branch import Search
 from evocert.certify.milp import Milp
 from evocert.certify.verdict import Deadline, Outcome
 from evocert.networks import flat_parameters
-from small_networks import KINDS, critical, drawn, run, worst
 
 SECONDS = 60.0  # far more than any of these takes
 

@@ -197,7 +197,7 @@ class TestLock:
     @pytest.mark.parametrize("place", ["file", "file/below"])
     def test_a_place_that_is_no_folder(self, tmp_path, place):
         (tmp_path / "file").touch()
-        with pytest.raises(InputError, match="file.* cannot be written to"):
+        with pytest.raises(InputError, match=r"file.* cannot be written to"):
             Records.open(tmp_path / place, KEY)
 
 

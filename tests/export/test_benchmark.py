@@ -337,6 +337,13 @@ class TestCommand:
             flags = [word for name, value in options.items() for word in (f"--{name}", value)]
             assert evocert(*arguments[:-1], tmp_path / f"out{number}", *flags)[0] == 0
 
+    def test_six_hours_are_allowed_and_a_second_more_is_not(self):
+        benchmark._check_count(216, 300, 100.0)
+        with pytest.raises(InputError, match=r"timeout=100: for 217 .*; timeout=99 or examples=216 would do"):
+            benchmark._check_count(217, 300, 100.0)
+        with pytest.raises(InputError, match=r"; examples=43200 would do"):
+            benchmark._check_count(43201, 50_000, 0.5)
+
     def test_no_finished_run(self, evocert, run_folder, tmp_path):
         refused(evocert("export", tmp_path / "absent"), tmp_path / "absent", "no run folder")
         refused(evocert("export", run_folder / "config.json"), "config.json", "no run folder")

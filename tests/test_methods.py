@@ -1,0 +1,79 @@
+"""The table of methods: names, what an experiment's settings come to, and what is refused."""
+
+import pytest
+from toys import Toy, quadratic
+
+from evocert import searchers
+from evocert.errors import InputError
+from evocert.experiment import Experiment
+from evocert.objectives import OBJECTIVES
+from evocert.problem import CertifiedTraining
+from evocert.searchers import METHODS, RGS, SABR, Grad, method
+from evocert.searchers.gradient import Descent
+
+EPS = 0.03
+FOLLOWING = [name for name in METHODS if name != "pgpe"]
+
+
+class TestMethods:
+    @pytest.mark.parametrize("name", METHODS)
+    def test_are_importable_documented_and_named(self, name):
+        kind = method(name)
+        namespace = {}
+        exec(f"from evocert.searchers import {kind.__name__} as found", namespace)
+        assert namespace["found"] is kind
+        assert kind.__dict__["__doc__"].strip()
+        assert f'"{name}"' in Experiment.__doc__
+        for member in ("configured", "finish", "set_learning_rate", "set_stdev", "state_dict", "load_state_dict"):
+            assert callable(getattr(kind, member))
+
+    def test_follow_every_objective(self):
+        objectives = {name: method(name).objective for name in FOLLOWING}
+        assert set(objectives.values()) == set(OBJECTIVES)
+        assert objectives.pop("grad") == objectives.pop("rgs") == "certified"
+        assert all(name == objective for name, objective in objectives.items())
+
+    def test_other_names_are_none(self):
+        with pytest.raises(AttributeError, match="has no attribute 'Sabr'"):
+            searchers.Sabr  # noqa: B018
+
+    @pytest.mark.parametrize("name", FOLLOWING)
+    def test_take_an_experiment_s_settings(self, network, part, name):
+        experiment = Experiment(
+            eps=EPS, generations=1, center_learning_rate=0.3, method=name, popsize=10, stdev_init=0.7, symmetric=False,
+            clip_norm=2.5, l1=0.1, mixture=0.3, train_attack_steps=3, train_attack_step=0.7, optimizer="sgd",
+            optimizer_config={"momentum": 0.25},
+        )  # fmt: skip
+        asked = []
+        problem = CertifiedTraining(network, part, eps=EPS, batch_size=8)
+        searcher = method(name).configured(problem, experiment)
+        follow = problem.descend
+        problem.descend = lambda *found, **options: asked.append((*found, options)) or follow(*found, **options)
+        searcher.step()
+        ((points, objective, options),) = asked
+        attacking = name not in ("grad", "rgs", "standard")
+        assert objective == searcher.objective
+        assert options == ({"mixture": 0.3, "steps": 3, "step": 0.7} if attacking else {})
+        assert len(points) == (10 if name == "rgs" else 1)
+        assert float(searcher.status["stdev"][0]) == pytest.approx(0.7 if name == "rgs" else 0.0)
+        group = searcher.optimizer.param_groups[0]
+        assert (group["lr"], group["momentum"]) == (0.3, 0.25)
+        assert (searcher._clip_norm, searcher._l1) == (2.5, 0.1)
+
+
+@pytest.mark.parametrize(
+    ("kind", "settings", "message"),
+    [
+        (Grad, {"clip_norm": 0.0}, r"clip_norm=0\.0: allowed is a finite number over 0, or none"),
+        (SABR, {"clip_norm": float("nan")}, "clip_norm=nan"),
+        (Grad, {"l1": -0.1}, r"l1=-0\.1: allowed is a finite number, 0 or more"),
+        (RGS, {"popsize": 5, "stdev_init": 0.1}, "popsize=5: allowed is .* an even number"),
+        (RGS, {"popsize": 0, "stdev_init": 0.1, "symmetric": False}, "popsize=0"),
+        (RGS, {"popsize": 4, "stdev_init": 0.0}, r"stdev_init=0\.0: allowed is a finite number over 0"),
+        (RGS, {"popsize": 4, "stdev_init": float("inf")}, "stdev_init=inf"),
+    ],
+)
+def test_refuses(kind, settings, message):
+    assert issubclass(kind, Descent)
+    with pytest.raises(InputError, match=message):
+        kind(Toy(quadratic, 2), center_learning_rate=0.1, **settings)
