@@ -1,5 +1,6 @@
 """The cascade on a small trained network: who sees what, what is on record, and what a process that died leaves to do."""
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -427,6 +428,15 @@ def wait_for_lines(process, path, count):
         time.sleep(0.01)
 
 
+def group_size(process):
+    """How many processes there are in the group of one."""
+    count = 0
+    for name in filter(str.isdecimal, os.listdir("/proc")):
+        with contextlib.suppress(ProcessLookupError):
+            count += os.getpgid(int(name)) == process.pid
+    return count
+
+
 @pytest.mark.slow
 def test_killed_and_run_again_it_finds_the_same(run_folder, evocert):
     """With SIGKILL, where nothing can be tidied up."""
@@ -458,6 +468,9 @@ def test_ctrl_c_says_how_to_go_on(run_folder, workers):
         run_folder, "--eps", "0.1", "--methods", "ibp,exact", "--examples", 200, "--workers", workers
     ) as process:
         wait_for_lines(process, run_folder / "certify.jsonl", 1)
+        while workers > 1 and group_size(process) < 4:  # with the tracker of their resources
+            assert process.poll() is None
+            time.sleep(0.01)
         os.killpg(process.pid, signal.SIGINT)
         err = process.stderr.read()
     assert process.returncode == 130
