@@ -1,6 +1,7 @@
 """``evocert certify``: what it takes, and one line on stderr for whatever a user can get wrong."""
 
 import json
+import signal
 import subprocess
 import sys
 from pathlib import Path
@@ -323,7 +324,10 @@ def test_a_worker_that_is_killed_ends_in_one_line(prepared):
         found = several.solved(jobs)
         next(found)
         for process in several._pool._processes.values():
+            status = dict(line.split(":", 1) for line in Path(f"/proc/{process.pid}/status").read_text().splitlines())
+            assert int(status["SigBlk"], 16) >> (signal.SIGINT - 1) & 1  # Ctrl-C is the parent's affair
             process.kill()
+        assert signal.SIGINT not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
         with pytest.raises(OSError, match="was killed, most likely for want of memory"):
             list(found) + list(several.solved(jobs))
 
