@@ -1,6 +1,7 @@
 """What several tests need: small data, a small network, and one torch thread for the process that tests run in."""
 
 import os
+import signal
 
 os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
 
@@ -13,6 +14,10 @@ from evocert.networks import cnn3
 
 # One thread: operations as small as the tests' only wait for each other on two, for minutes where another process is busy.
 torch.set_num_threads(1)
+
+# Started in the background of a script, a process ignores Ctrl-C, and so do those that it starts: not so the tests of it.
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(autouse=True)

@@ -99,7 +99,7 @@ class TestRecords:
         assert config["popsize"] == 4
         assert config["bound"] == "ibp"  # a default
         assert config["problem"] == "toy"
-        assert set(config["tile"]) == {"members", "images", "at_once"}
+        assert set(config["tile"]) == {"members", "images", "at_once", "chunk_parts"}
         assert (reference / "problem.py").read_bytes() == problem.read_bytes()
         split = json.loads((reference / "split.json").read_text())
         data = load("digits")
