@@ -465,7 +465,7 @@ def test_killed_and_run_again_it_finds_the_same(run_folder, evocert):
 def test_ctrl_c_says_how_to_go_on(run_folder, workers):
     """As in a terminal, where every process of the group gets it; with several, at the moment at which they begin."""
     with started(
-        run_folder, "--eps", "0.1", "--methods", "ibp,exact", "--examples", 200, "--workers", workers
+        run_folder, "--eps", "0.1", "--methods", "ibp,exact", "--examples", 350, "--workers", workers
     ) as process:
         wait_for_lines(process, run_folder / "certify.jsonl", 1)
         while workers > 1 and group_size(process) < 4:  # with the tracker of their resources
@@ -475,6 +475,6 @@ def test_ctrl_c_says_how_to_go_on(run_folder, workers):
         err = process.stderr.read()
     assert process.returncode == 130
     assert err.count("\n") == 1, err
-    assert "of 200 examples are on record in" in err
+    assert "of 350 examples are on record in" in err
     assert "the same command goes on" in err
     assert not (run_folder / ".certify.lock").exists()
