@@ -1,7 +1,8 @@
-"""What several tests need: small data, a small network, and one torch thread for the process that tests run in."""
+"""What several tests need: small data, a small network, the command line, and one torch thread for the tests' process."""
 
 import os
 import signal
+import sys
 
 os.environ.setdefault("EVOTORCH_VERBOSE_LEVEL", "0")
 
@@ -9,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from evocert import cli
 from evocert.data import Part
 from evocert.networks import cnn3
 
@@ -45,3 +47,19 @@ def network():
     with torch.random.fork_rng():
         torch.manual_seed(0)
         return cnn3((1, 8, 8), 3, mean=[0.3], std=[0.3], width=2)
+
+
+@pytest.fixture
+def evocert(monkeypatch, capsys):
+    """Runs a command line in this process: (exit status, stdout, stderr)."""
+
+    def run(*arguments):
+        monkeypatch.setattr(sys, "argv", ["evocert", *map(str, arguments)])
+        capsys.readouterr()
+        try:
+            status = cli._status()
+        except SystemExit as stopped:
+            status = stopped.code
+        return status, *capsys.readouterr()
+
+    return run

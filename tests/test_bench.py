@@ -5,13 +5,14 @@ import json
 import subprocess
 import sys
 import types
+from functools import partial
 
 import pytest
 import torch
 from rich.console import Console
 from torch import nn
 
-from evocert import cli, networks
+from evocert import networks
 from evocert.bench import floor, fresh, lirpa, loop, measure, work
 from evocert.bench.table import Tables
 from evocert.bench.work import Architecture, Images, Work
@@ -272,19 +273,9 @@ def test_auto_lirpa_is_given_every_member_and_image(stand_in):
 
 
 @pytest.fixture
-def evocert(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evocert", "bench", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = cli._status()
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
+def evocert(evocert):
+    """As everywhere, for this command."""
+    return partial(evocert, "bench")
 
 
 @pytest.fixture

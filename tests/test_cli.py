@@ -29,22 +29,6 @@ def problem(tmp_path):
     return path
 
 
-@pytest.fixture
-def evocert(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evocert", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = cli._status()
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
-
-
 def refused(outcome, *words):
     status, out, err = outcome
     assert status == 2

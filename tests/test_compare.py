@@ -8,7 +8,6 @@ import sys
 
 import pytest
 
-from evocert import cli
 from evocert.compare import compare
 from evocert.compare.read import read_curve, read_run
 from evocert.compare.rows import Figure
@@ -73,22 +72,6 @@ def certification(folder, *, examples=100, eps=0.1, total=0.55, timeout=30.0, na
         "undecided": 0.01, "seconds": 3.0, "contradictions": [],
     }  # fmt: skip
     write(folder / name, {**content, **changes})
-
-
-@pytest.fixture
-def evocert(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def call(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evocert", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = cli._status()
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return call
 
 
 class TestRows:

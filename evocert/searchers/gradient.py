@@ -14,6 +14,7 @@ from evocert.experiment import Experiment
 from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
+from evocert.searchers.progress import progress_of, restore_progress
 
 
 class Descent(SearchAlgorithm):
@@ -161,11 +162,7 @@ class Descent(SearchAlgorithm):
             "optimizer": optimizers.state_of(self.optimizer),
             "center_learning_rate": self._center_learning_rate,
             "steps": self._steps_count,
-            "generator": self.problem.generator.get_state(),
-            "generation": self.problem.generation,
-            "nonfinite_evals": self.problem.nonfinite_evals,
-            "stalled_generations": self.problem.stalled_generations,
-            "problem_status": {k: v for k, v in self.problem.status.items() if isinstance(v, bool | int | float | str)},
+            **progress_of(self.problem),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -176,11 +173,7 @@ class Descent(SearchAlgorithm):
         self._center = state["mu"].to(self.problem.device).clone()
         self._stdev = state["sigma"].to(self.problem.device).clone()
         self._mean_eval = state["mean_eval"]
-        self.problem.generator.set_state(state["generator"])
-        self.problem.generation = state["generation"]
-        self.problem.nonfinite_evals = state["nonfinite_evals"]
-        self.problem.stalled_generations = state["stalled_generations"]
-        self.problem.status.update(state["problem_status"])
+        restore_progress(self.problem, state)
         self.clear_status()
         if self._steps_count:
             self.update_status({"iter": self._steps_count, **self.problem.status})

@@ -15,6 +15,7 @@ from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
+from evocert.searchers.progress import progress_of, restore_progress
 
 
 class PGPE(EvoTorchPGPE):
@@ -188,11 +189,7 @@ class PGPE(EvoTorchPGPE):
             "evals": None if self._population is None else self._population.evals.as_subclass(Tensor).clone(),
             "before_sampling": self._before_sampling,
             "drawn_from": None if self._drawn_from is None else tuple(t.detach().clone() for t in self._drawn_from),
-            "generator": self.problem.generator.get_state(),
-            "generation": self.problem.generation,
-            "nonfinite_evals": self.problem.nonfinite_evals,
-            "stalled_generations": self.problem.stalled_generations,
-            "problem_status": {k: v for k, v in self.problem.status.items() if isinstance(v, bool | int | float | str)},
+            **progress_of(self.problem),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -201,9 +198,6 @@ class PGPE(EvoTorchPGPE):
         self._center_learning_rate = state["center_learning_rate"]
         self._steps_count = state["steps"]
         self._first_iter = not state["pending"]
-        self.problem.generation = state["generation"]
-        self.problem.nonfinite_evals = state["nonfinite_evals"]
-        self.problem.stalled_generations = state["stalled_generations"]
         if state["evals"] is not None:
             self._set_distribution(*state["drawn_from"])
             self.problem.generator.set_state(state["before_sampling"])
@@ -211,8 +205,7 @@ class PGPE(EvoTorchPGPE):
             evals = state["evals"].to(self.problem.device)
             self._population.set_evals(evals[:, 0], evals[:, 1:])
         self._set_distribution(state["mu"], state["sigma"])
-        self.problem.generator.set_state(state["generator"])
-        self.problem.status.update(state["problem_status"])
+        restore_progress(self.problem, state)
         self._renew_status()
 
     def _renew_status(self) -> None:

@@ -1,12 +1,10 @@
 """A network that is trained in seconds, finished runs of it, and the command line."""
 
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
 
-from evocert import cli
 from evocert.certify.command import Request, prepare
 from evocert.display import Silent
 from evocert.training import start
@@ -42,19 +40,3 @@ def run_folder(trained, tmp_path) -> Path:
     """A finished run that a certification may write to."""
     shutil.copytree(trained, tmp_path / "run")
     return tmp_path / "run"
-
-
-@pytest.fixture
-def evocert(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evocert", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = cli._status()
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run

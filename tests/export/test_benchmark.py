@@ -19,7 +19,6 @@ import torch
 from torch import nn
 
 import evocert as package
-from evocert import cli
 from evocert.data import Part
 from evocert.errors import InputError
 from evocert.export import benchmark, eran, generate_properties
@@ -52,22 +51,6 @@ def folders(run_folder, tmp_path_factory):
 )
 def folder(request, folders):
     return folders[request.param]
-
-
-@pytest.fixture
-def evocert(monkeypatch, capsys):
-    """Runs a command line in this process: (exit status, stdout, stderr)."""
-
-    def run(*arguments):
-        monkeypatch.setattr(sys, "argv", ["evocert", *map(str, arguments)])
-        capsys.readouterr()
-        try:
-            status = cli._status()
-        except SystemExit as stopped:
-            status = stopped.code
-        return status, *capsys.readouterr()
-
-    return run
 
 
 def sidecar_of(folder):
