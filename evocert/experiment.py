@@ -81,6 +81,8 @@ class Experiment:
         popsize, stdev_init, center_learning_rate, stdev_learning_rate, optimizer, optimizer_config, ranking_method,
             symmetric: as of ``evocert.searchers.PGPE`` and EvoTorch; stdev_init is sigma. Methods without noise have no use for
             popsize and stdev_init.
+        control_points: of "pgpe": gradients near the centre that take out of the population's fitness what they predict (see
+            ``evocert.searchers.control``): 0, or an even number, with ranking_method "raw", symmetric and a fixed sigma.
         clip_norm, l1: of the methods that follow gradients: the gradient's greatest length, and the weight of the parameters'
             absolute values in the loss.
         mixture: of "sabr" the share of eps that is the small box's radius; of "mtl-ibp", "cc-ibp" and "exp-ibp" the weight of
@@ -129,6 +131,7 @@ class Experiment:
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
     ranking_method: str = "raw"
     symmetric: bool = True
+    control_points: int = 0
     clip_norm: float | None = None
     l1: float = 0.0
     mixture: float = 0.5
@@ -224,8 +227,13 @@ class Experiment:
             good = self.stdev_init > 0
             check_range(good, "stdev_init", self.stdev_init, f"a finite number over 0, with method={self.method}")
         if self.method != "pgpe":
-            for name, value in (("num_actors", self.num_actors), ("stdev_learning_rate", self.stdev_learning_rate)):
-                check_range(value == 0, name, value, f"0, with method={self.method}")
+            for name in ("num_actors", "stdev_learning_rate", "control_points"):
+                check_range(getattr(self, name) == 0, name, getattr(self, name), f"0, with method={self.method}")
+        points = self.control_points
+        check_range(0 <= points < 2**31 and points % 2 == 0, "control_points", points, "0 or an even number")
+        for name, wanted in (("ranking_method", "raw"), ("symmetric", True), ("stdev_learning_rate", 0)):
+            value = getattr(self, name)
+            check_range(points == 0 or value == wanted, name, value, f"{wanted}, with control_points={points}")
 
     def _check_optimizer(self) -> None:
         if self.optimizer is not None:

@@ -32,13 +32,11 @@ def bowl(x):
     return (x @ MATRIX * x).sum(1) / 2 - x[:, 1]
 
 
-def estimates(kind, loss, centre, sigma, *, symmetric, popsize=4000, steps=30):
+def estimates(kind, loss, centre, sigma, *, popsize=4000, steps=30, **more):
     """What the steps of a searcher would be at a rate of 1: ``[steps, D]``. Its own rate hardly moves it."""
     rate = 1e-8
     problem = Toy(loss, len(centre), start=centre, seed=5)
-    searcher = kind(
-        problem, popsize=popsize, stdev_init=sigma, center_learning_rate=rate, optimizer=None, symmetric=symmetric
-    )
+    searcher = kind(problem, popsize=popsize, stdev_init=sigma, center_learning_rate=rate, optimizer=None, **more)
     centres = []
     for _ in range(steps + 1):  # PGPE's first step moves nothing yet
         searcher.step()
@@ -90,6 +88,48 @@ class TestEstimate:
             assert bias > 20 * error
 
 
+@pytest.mark.parametrize("sigma", SIGMAS)
+@pytest.mark.parametrize("points", [2, 10])
+class TestControlVariate:
+    """PGPE with gradients as control variate: the same expectation, and less variance by what the gradient predicts."""
+
+    def test_on_a_quadratic(self, sigma, points):
+        """Whose gradient predicts all differences, and an antithetic pair's mean is exact."""
+        centre = torch.tensor([0.5, -1.0, 0.2], dtype=torch.float64)
+        found = estimates(PGPE, bowl, centre, sigma, popsize=10, control_points=points)
+        expected = MATRIX @ centre - torch.tensor([0.0, 1.0, 0.0])
+        torch.testing.assert_close(found, expected.expand_as(found), rtol=0, atol=SLACK)
+
+    @pytest.mark.parametrize("centre", CENTRES)
+    def test_on_a_continuous_loss(self, centre, sigma, points):
+        found = estimates(PGPE, on_parameter(needle), [centre], sigma, control_points=points)
+        mean, error = mean_and_error(found)
+        assert (mean - smoothed_needle_gradient(centre, sigma)).abs() < 5 * error + SLACK
+
+    @pytest.mark.parametrize("centre", CENTRES)
+    def test_sees_a_jump_that_its_gradients_miss(self, centre, sigma, points):
+        found = estimates(PGPE, on_parameter(cliff), [centre], sigma, control_points=points)
+        mean, error = mean_and_error(found)
+        unseen = 2e-4  # where no sample is beyond the jump, at 4.5 sigma
+        assert (mean - smoothed_cliff_gradient(centre, sigma)).abs() < 5 * error + unseen
+        assert error < 0.05
+
+
+def test_a_control_variate_saves_most_samples_where_the_loss_is_nearly_linear():
+    """At few samples for many parameters: the error of plain PGPE is about sqrt(D / n) of the gradient."""
+    weights = torch.linspace(-1, 1, 200, dtype=torch.float64)
+
+    def loss(x):
+        return (1 + (x @ weights - 2).exp()).log()
+
+    found = {points: estimates(PGPE, loss, [0.1] * 200, 0.01, popsize=10, control_points=points) for points in (0, 2)}
+    plain, controlled = (each.var(0).sum() for each in found.values())
+    assert controlled < 1e-3 * plain
+    mean, error = mean_and_error(found[2])
+    exact = weights * torch.sigmoid(0.1 * weights.sum() - 2)
+    assert (mean - exact).norm() < 0.05 * exact.norm()
+
+
 # The minima of the smoothed losses, from their closed forms.
 CLIFF_MINIMA = {0.2: 0.253, 0.5: 0.259, 1.0: -0.303}
 NEEDLE_MINIMA = {0.2: 0.998, 0.5: 0.790, 1.0: -0.237}
@@ -111,6 +151,10 @@ class TestConvergence:
     def test_of_pgpe_on_the_jump(self, sigma, start):
         """From either side: the smoothed loss has a slope where the loss itself is flat."""
         found = ends(PGPE, cliff, start * sigma, popsize=3000, stdev_init=sigma)
+        assert abs(found - CLIFF_MINIMA[sigma]) < 0.05
+
+    def test_of_pgpe_with_a_control_variate_on_the_jump(self, sigma):
+        found = ends(PGPE, cliff, 3.0 * sigma, popsize=3000, stdev_init=sigma, control_points=10)
         assert abs(found - CLIFF_MINIMA[sigma]) < 0.05
 
     def test_of_rgs_on_the_jump_falls_off_it(self, sigma):

@@ -5,7 +5,7 @@ import torch
 
 from evocert.bounds import read_network
 from evocert.errors import InputError
-from evocert.networks import NETWORKS, cnn3, cnn5, flat_parameters, fully_connected, with_parameters
+from evocert.networks import NETWORKS, cnn3, cnn3_tiny, cnn5, flat_parameters, fully_connected, with_parameters
 
 GREY = {"mean": [0.1], "std": [0.3]}
 COLOUR = {"mean": [0.5] * 3, "std": [0.2] * 3}
@@ -17,6 +17,7 @@ COLOUR = {"mean": [0.5] * 3, "std": [0.2] * 3}
         (cnn3((1, 28, 28), 10, width=16, **GREY), (1, 28, 28), 24_330),
         (cnn3((1, 28, 28), 10, width=8, **GREY), (1, 28, 28), 10_122),
         (cnn3((1, 28, 28), 10, width=4, **GREY), (1, 28, 28), 4_554),
+        (cnn3_tiny((1, 28, 28), 10, **GREY), (1, 28, 28), 1_108),
         (cnn3((3, 32, 32), 10, width=16, **COLOUR), (3, 32, 32), 29_930),
         (cnn3((3, 32, 32), 10, width=8, **COLOUR), (3, 32, 32), 12_922),
         (cnn5((1, 28, 28), 10, **GREY), (1, 28, 28), 820_954),

@@ -168,7 +168,8 @@ class TestSearcher:
 
     @pytest.mark.parametrize("optimizer", ["adam", "clipup", "sgd", None])
     @pytest.mark.parametrize("steps", [0, 1, 4])
-    def test_saved_state_goes_on_bit_for_bit(self, network, part, optimizer, steps, tmp_path):
+    @pytest.mark.parametrize("control_points", [0, 4])
+    def test_saved_state_goes_on_bit_for_bit(self, network, part, optimizer, steps, control_points, tmp_path):
         def make():
             problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=2)
             config = {"momentum": 0.5} if optimizer == "sgd" else None
@@ -179,6 +180,7 @@ class TestSearcher:
                 stdev_init=0.1,
                 optimizer=optimizer,
                 optimizer_config=config,
+                control_points=control_points,
             )
 
         one = make()
@@ -233,6 +235,47 @@ class TestSearcher:
             assert one.status[key] == other.status[key]
         assert torch.equal(one.status["center"], other.status["center"])
         assert torch.equal(one.population.values, other.population.values)
+
+    def test_gradients_of_another_minibatch_would_not_control(self, network, part):
+        """The control variate is of the population's own images: it predicts most of what these make of the noise."""
+        problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=2)
+        searcher = PGPE(problem, popsize=40, center_learning_rate=0.01, stdev_init=0.003, control_points=8)
+        searcher.run(3)
+        samples = searcher.population.values.as_subclass(torch.Tensor)
+        fitness = searcher.population.evals[:, 0].as_subclass(torch.Tensor)
+        left = searcher._control.without(samples, fitness)
+        before, after = (((each[0::2] - each[1::2]) / 2).square().mean() for each in (fitness, left))
+        assert after < 0.1 * before
+
+    def test_without_finite_gradients_it_is_plain(self):
+        """A loss without gradients there is no obstacle."""
+
+        class Broken(Toy):
+            def value_and_gradient(self, parameters, generation):
+                return torch.zeros(len(parameters)), torch.full_like(parameters, torch.nan)
+
+        controlled, plain = (kind(sphere, 5, seed=3) for kind in (Broken, Toy))
+        centres = []
+        for problem, points in ((controlled, 2), (plain, 0)):
+            searcher = PGPE(problem, popsize=10, center_learning_rate=0.1, stdev_init=0.1, control_points=points)
+            searcher.run(2)  # of the third population, the noise differs: the control variate draws its own
+            centres.append(searcher.status["center"])
+        assert torch.equal(*centres)
+
+    @pytest.mark.parametrize(
+        "more",
+        [
+            {"control_points": 3},
+            {"control_points": -2},
+            {"control_points": 2, "symmetric": False},
+            {"control_points": 2, "ranking_method": "centered"},
+            {"control_points": 2, "stdev_learning_rate": 0.1},
+            {"control_points": 2, "distributed": True},
+        ],
+    )
+    def test_refuses_control_variates_that_would_bias(self, more):
+        with pytest.raises(ValueError, match=f"control_points={more['control_points']}"):
+            PGPE(Toy(sphere, 2), popsize=4, center_learning_rate=0.1, stdev_init=0.1, **more)
 
     def test_refuses_an_odd_symmetric_population(self):
         with pytest.raises(ValueError, match="even"):

@@ -14,6 +14,7 @@ from evocert.experiment import Experiment
 from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
+from evocert.searchers.control import ControlVariate
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
 from evocert.searchers.progress import progress_of, restore_progress
 
@@ -46,6 +47,8 @@ class PGPE(EvoTorchPGPE):
         optimizer_config: what it takes besides the learning rate (adam: beta1, beta2, epsilon, amsgrad).
         ranking_method: "raw", "centered", "linear", "nes" or "normalized".
         symmetric: antithetic pairs.
+        control_points: gradients that serve as a control variate (``ControlVariate``): 0, or an even number, with "raw", pairs,
+            a fixed sigma and no distributed mode.
         more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
 
     Raises:
@@ -69,6 +72,7 @@ class PGPE(EvoTorchPGPE):
         optimizer_config: dict[str, Any] | None = None,
         ranking_method: str = "raw",
         symmetric: bool = True,
+        control_points: int = 0,
         **more: Any,
     ) -> None:
         if "num_interactions" in more or "popsize_max" in more:
@@ -77,6 +81,14 @@ class PGPE(EvoTorchPGPE):
             )
         if not 0 < stdev_init < math.inf:
             raise InputError(f"stdev_init={stdev_init}: allowed is a finite number over 0")
+        if control_points < 0 or control_points % 2:
+            raise InputError(f"control_points={control_points}: allowed is an even number, or 0")
+        plain = ranking_method == "raw" and symmetric and stdev_learning_rate == 0 and not more.get("distributed")
+        if control_points and not plain:
+            raise InputError(
+                f"control_points={control_points}: allowed is 0, without ranking_method='raw', symmetric=True, "
+                "stdev_learning_rate=0 and distributed=False"
+            )
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(
@@ -95,6 +107,7 @@ class PGPE(EvoTorchPGPE):
         if stdev_learning_rate == 0:
             kind = FixedSymmetricGaussian if symmetric else FixedGaussian
             self._distribution = kind(given.parameters, dtype=given.dtype, device=given.device)
+        self._control = ControlVariate(control_points) if control_points else None
         # What the population was drawn from: the generator's state, the centre and sigma.
         self._before_sampling: Tensor | None = None
         self._drawn_from: tuple[Tensor, Tensor] | None = None
@@ -115,6 +128,7 @@ class PGPE(EvoTorchPGPE):
             optimizer_config=dict(experiment.optimizer_config),
             ranking_method=experiment.ranking_method,
             symmetric=experiment.symmetric,
+            control_points=experiment.control_points,
         )
 
     def _step_non_distributed(self) -> None:
@@ -126,6 +140,8 @@ class PGPE(EvoTorchPGPE):
         self._sample()
         self.timing["sample"] = clock.lap()
         self.problem.evaluate(self._population)
+        if self._control is not None:
+            self._control.renew(self.problem, self._distribution.mu, self._distribution.sigma)
         self.timing["bounds"] = clock.lap()
 
     def _sample(self) -> None:
@@ -143,12 +159,17 @@ class PGPE(EvoTorchPGPE):
         # the centre. (Equal fitness makes NaN of "normalized" and of ClipUp's steps, and a random walk of ranks.)
         if self.problem.stalled_generations or bool(fitness.min() == fitness.max()):
             return
+        samples, fitness = self._population.access_values(keep_evals=True), fitness.as_subclass(Tensor)
+        if self._control is not None:
+            fitness = self._control.without(samples.as_subclass(Tensor), fitness)
         gradients = self._distribution.compute_gradients(
-            self._population.access_values(keep_evals=True),
-            self._population.access_evals()[:, self._obj_index],
+            samples,
+            fitness,
             objective_sense=self.problem.senses[self._obj_index],
             ranking_method=self._ranking_method,
         )
+        if self._control is not None:
+            gradients["mu"] = self._control.restored(gradients["mu"], self._drawn_from[1])
         self._update_distribution(gradients)
 
     def finish(self) -> None:
@@ -189,6 +210,7 @@ class PGPE(EvoTorchPGPE):
             "evals": None if self._population is None else self._population.evals.as_subclass(Tensor).clone(),
             "before_sampling": self._before_sampling,
             "drawn_from": None if self._drawn_from is None else tuple(t.detach().clone() for t in self._drawn_from),
+            "control": None if self._control is None else self._control.state_dict(),
             **progress_of(self.problem),
         }
 
@@ -205,6 +227,8 @@ class PGPE(EvoTorchPGPE):
             evals = state["evals"].to(self.problem.device)
             self._population.set_evals(evals[:, 0], evals[:, 1:])
         self._set_distribution(state["mu"], state["sigma"])
+        if self._control is not None:
+            self._control.load_state_dict(state["control"], self.problem.device)
         restore_progress(self.problem, state)
         self._renew_status()
 
