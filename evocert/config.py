@@ -34,7 +34,8 @@ def record(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict
     """Every setting, and what else the next process needs to go on with the same bits."""
     return {
         **loaded.experiment.settings(),
-        "tile": parts.problem.tile._asdict(),
+        "tile": parts.stages[-1].problem.tile._asdict(),
+        "stage_tiles": [stage.problem.tile._asdict() for stage in parts.stages[:-1]],
         "statistics": statistics(parts.module),
         "device_type": parts.device.type,
         "overrides": list(loaded.overrides),
@@ -51,7 +52,7 @@ class Reloaded(NamedTuple):
     """What a run goes on with: the experiment of its own copy of the problem file, and what depended on the machine."""
 
     loaded: LoadedProblem
-    tile: Tile
+    tiles: list[Tile]  # one for each stage
     statistics: dict[str, list[float]]
     device_type: str
 
@@ -71,11 +72,11 @@ def reload(run: Run) -> Reloaded:
     for key in PATHS:
         if not isinstance(config.get(key), str | None):
             raise InputError(f"{path}: {key}={config[key]!r}, allowed is a path, or null")
-    tile, overrides = config["tile"], config["overrides"]
-    if not {"members", "images"} <= tile.keys() <= set(Tile._fields) or not all(
-        type(n) is int and n > 0 for n in tile.values()
-    ):
-        raise InputError(f"{path}: tile={tile}, allowed are {', '.join(Tile._fields)}, each 1 or more")
+    overrides, tiles = config["overrides"], [*config.get("stage_tiles", []), config["tile"]]
+    for tile in tiles:
+        good = isinstance(tile, dict) and {"members", "images"} <= tile.keys() <= set(Tile._fields)
+        if not good or not all(type(n) is int and n > 0 for n in tile.values()):
+            raise InputError(f"{path}: tile={tile}, allowed are {', '.join(Tile._fields)}, each 1 or more")
     if not all(isinstance(override, str) for override in overrides):
         raise InputError(f"{path}: overrides={overrides}, allowed are texts KEY=VALUE")
 
@@ -98,11 +99,15 @@ def reload(run: Run) -> Reloaded:
     if (elsewhere := os.environ.get("EVOCERT_DATA")) and not (places["data_dir"] and Path(places["data_dir"]).is_dir()):
         places["data_dir"] = str(data_folder(elsewhere))
     loaded = dataclasses.replace(loaded, experiment=dataclasses.replace(loaded.experiment, **places))
+    if len(tiles) != len(loaded.experiment.stages) + 1:
+        raise InputError(
+            f"{path}: stage_tiles of {len(tiles) - 1} stages, allowed is one for each of problem.py's stages"
+        )
     if not original.is_file():
         warn(f"the original problem file {original} is gone; the run's own copy is used")
     elif original.read_bytes() != loaded.file.source:
         warn(f"the original problem file {original} was changed since; the run's own copy is used")
-    return Reloaded(loaded, Tile(**tile), config["statistics"], config["device_type"])
+    return Reloaded(loaded, [Tile(**tile) for tile in tiles], config["statistics"], config["device_type"])
 
 
 def check_imported(run: Run, loaded: LoadedProblem) -> None:

@@ -12,10 +12,11 @@ from torch import nn
 from evocert.bounds import BOUNDS
 from evocert.data import DATASETS
 from evocert.errors import InputError
+from evocert.initialisation import INITIALISATIONS
 from evocert.memory import parse_bytes
 from evocert.networks import NETWORKS
 from evocert.schedules import CONSTANT, Schedule
-from evocert.searchers import METHODS, SAMPLING
+from evocert.searchers import BY_GRADIENT, METHODS, SAMPLING
 from evocert.settings import as_float, check_choice, check_range, check_types, nearest, plain
 
 # For each optimizer its options: a flag, or a number with a check and its words.
@@ -33,6 +34,13 @@ LOGGERS = (
     "StdOutLogger", "PandasLogger", "TensorBoardLogger", "MlflowLogger", "NeptuneLogger", "SacredLogger", "WandbLogger",
 )  # fmt: skip
 SELECTIONS = ("best", "last")
+# What a stage may have of its own; all else is the run's: one network, one data set, one radius, one seed, one machine.
+STAGED = (
+    "bound", "method", "train_eps", "generations", "batch_size", "popsize", "stdev_init", "stdev_learning_rate",
+    "center_learning_rate", "optimizer", "optimizer_config", "ranking_method", "symmetric", "control_points", "clip_norm", "l1",
+    "weight_decay", "regulariser", "mixture", "train_attack_steps", "train_attack_step", "eps_schedule",
+    "learning_rate_schedule", "stdev_schedule", "natural_every",
+)  # fmt: skip
 PATHS = ("data_dir", "data_path", "init_from")
 
 
@@ -85,14 +93,24 @@ class Experiment:
             ``evocert.searchers.control``): 0, or an even number, with ranking_method "raw", symmetric and a fixed sigma.
         clip_norm, l1: of the methods that follow gradients: the gradient's greatest length, and the weight of the parameters'
             absolute values in the loss.
+        weight_decay: share of the parameters that a step of length 1 takes away (Loshchilov and Hutter 2019, arXiv:1711.05101).
+        regulariser: of the methods that follow gradients: weight of ``evocert.regularisers.shi`` in the loss while eps rises;
+            it falls to 0 as eps reaches its last value.
         mixture: of "sabr" the share of eps that is the small box's radius; of "mtl-ibp", "cc-ibp" and "exp-ibp" the weight of
             IBP's part.
         train_attack_steps, train_attack_step: of the attack that those and "pgd" train on: how many steps, and their length as
             a share of eps.
+        averaging: decay of an exponential moving average of the centre, which is then what is validated and kept; 0: none.
         eps_schedule, learning_rate_schedule, stdev_schedule: factors on train_eps, center_learning_rate and stdev_init.
+        initialisation: how random weights are drawn, a name in ``evocert.initialisation.INITIALISATIONS``.
         init_from: a run folder whose network is where the search starts; None: random weights.
+        stages: what is trained before, one mapping of settings for each stage, with those of the run for what it does not name;
+            allowed are the settings in ``STAGED``. Schedules and generations count within a stage; the last stage is the run
+            itself, of whose centres alone the best is kept.
         select: "best" keeps the centre with the highest certified accuracy on the validation part, "last" the last one.
         validations: how often the centre is validated, at equal distances, the last time at the end.
+        patience: the run ends when so many validations in a row, with eps at its last value, were no better than the best; 0:
+            never before its last generation.
         natural_every: the population's natural loss is computed every so-manyth generation; 0: never.
         attack: how the accuracy under attack is measured.
         loggers: EvoTorch's loggers or ours: names, (name, arguments) pairs, or functions of the searcher.
@@ -134,15 +152,21 @@ class Experiment:
     control_points: int = 0
     clip_norm: float | None = None
     l1: float = 0.0
+    weight_decay: float = 0.0
+    regulariser: float = 0.0
     mixture: float = 0.5
     train_attack_steps: int = 8
     train_attack_step: float = 0.25
     eps_schedule: Schedule = CONSTANT
     learning_rate_schedule: Schedule = CONSTANT
     stdev_schedule: Schedule = CONSTANT
+    averaging: float = 0.0
+    initialisation: str = "default"
     init_from: str | None = None
+    stages: Sequence[Any] = ()
     select: str = "best"
     validations: int = 20
+    patience: int = 0
     natural_every: int = 1
     attack: AttackSettings = AttackSettings()
     loggers: Sequence[Any] = ()
@@ -168,6 +192,7 @@ class Experiment:
         check_choice("method", self.method, METHODS)
         check_choice("ranking_method", self.ranking_method, RANKINGS)
         check_choice("select", self.select, SELECTIONS)
+        check_choice("initialisation", self.initialisation, INITIALISATIONS)
         if not self.data.endswith(".npz"):
             check_choice("data", self.data, DATASETS, ", or the path of an .npz file")
         for name in (*PATHS, "data"):
@@ -178,6 +203,7 @@ class Experiment:
         self._check_optimizer()
         self._check_schedules()
         self._check_loggers()
+        self._check_stages()
         if not re.fullmatch(r"auto|cpu|cuda(:[0-9]{1,2})?", self.device):
             check_choice("device", self.device, ("auto", "cpu", "cuda", "cuda:0", "cuda:1"), " and so on")
         parse_bytes(self.memory_budget)
@@ -188,9 +214,12 @@ class Experiment:
         if isinstance(self.network, str):
             check_choice("network", self.network, NETWORKS)
         if isinstance(self.network, nn.Module):
-            for name in ("width", "depth", "mean", "std"):
-                value = getattr(self, name)
-                check_range(value is None, name, value, "none: the network is a module already")
+            for name, default in {
+                **dict.fromkeys(("width", "depth", "mean", "std")),
+                "initialisation": "default",
+            }.items():
+                words = f"{default or 'none'}: the network is a module already"
+                check_range(getattr(self, name) == default, name, getattr(self, name), words)
         if self.mean is not None and self.std is not None and len(self.mean) != len(self.std):
             raise InputError(f"mean={list(self.mean)}, std={list(self.std)}: allowed are lists of one length")
         for name, lowest in (("mean", -math.inf), ("std", 0)):
@@ -206,7 +235,7 @@ class Experiment:
         check_range(0 < part < 1, "validation_fraction", part, "over 0, under 1")
         for name in ("generations", "batch_size", "validations"):
             check_range(1 <= getattr(self, name) < 2**31, name, getattr(self, name), "1 or more, less than 2**31")
-        for name in ("natural_every", "num_actors"):
+        for name in ("natural_every", "num_actors", "patience"):
             check_range(0 <= getattr(self, name) < 2**31, name, getattr(self, name), "0 or more, less than 2**31")
         for name in ("width", "depth"):
             value = getattr(self, name)
@@ -216,8 +245,9 @@ class Experiment:
         clip = self.clip_norm
         check_range(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a finite number over 0, or none")
         check_range(0 <= self.mixture <= 1, "mixture", self.mixture, "0 to 1")
+        check_range(0 <= self.averaging < 1, "averaging", self.averaging, "0 or more, less than 1")
         check_range(1 <= self.train_attack_steps < 2**31, "train_attack_steps", self.train_attack_steps, "1 or more")
-        for name in ("stdev_init", "stdev_learning_rate", "l1", "checkpoint_seconds"):
+        for name in ("stdev_init", "stdev_learning_rate", "l1", "weight_decay", "regulariser", "checkpoint_seconds"):
             check_range(0 <= getattr(self, name) < math.inf, name, getattr(self, name), "a finite number, 0 or more")
         check_range(0 <= self.seed < 2**63, "seed", self.seed, "0 or more, less than 2**63")
         check_range(2 <= self.popsize < 2**31, "popsize", self.popsize, "2 or more, less than 2**31")
@@ -227,13 +257,20 @@ class Experiment:
             good = self.stdev_init > 0
             check_range(good, "stdev_init", self.stdev_init, f"a finite number over 0, with method={self.method}")
         if self.method != "pgpe":
-            for name in ("num_actors", "stdev_learning_rate", "control_points"):
+            for name in ("num_actors", "stdev_learning_rate"):
                 check_range(getattr(self, name) == 0, name, getattr(self, name), f"0, with method={self.method}")
+        elif self.control_points:
+            for name, wanted in (("ranking_method", "raw"), ("symmetric", True), ("stdev_learning_rate", 0)):
+                value = getattr(self, name)
+                check_range(value == wanted, name, value, f"{wanted}, with control_points={self.control_points}")
+        if not BOUNDS[self.bound].differentiable:
+            others = ", ".join(name for name in METHODS if name not in BY_GRADIENT)
+            words = f"{others}, with bound={self.bound}, which has no gradient"
+            check_range(self.method not in BY_GRADIENT, "method", self.method, words)
+            words = f"0, with bound={self.bound}, which has no gradient"
+            check_range(self.control_points == 0, "control_points", self.control_points, words)
         points = self.control_points
         check_range(0 <= points < 2**31 and points % 2 == 0, "control_points", points, "0 or an even number")
-        for name, wanted in (("ranking_method", "raw"), ("symmetric", True), ("stdev_learning_rate", 0)):
-            value = getattr(self, name)
-            check_range(points == 0 or value == wanted, name, value, f"{wanted}, with control_points={points}")
 
     def _check_optimizer(self) -> None:
         if self.optimizer is not None:
@@ -279,6 +316,26 @@ class Experiment:
             else:
                 words = "a name, (name, {arguments}), or a function of the searcher"
                 check_range(callable(logger), "one of loggers", logger, words)
+
+    def _check_stages(self) -> None:
+        for number, stage in enumerate(self.stages, 1):
+            check_range(isinstance(stage, Mapping), f"stages, number {number}", stage, "a mapping of settings")
+            for name in stage:
+                check_choice(f"a setting of stage {number}", str(name), STAGED)
+            try:
+                dataclasses.replace(self, stages=(), **stage)
+            except InputError as error:
+                raise InputError(f"stage {number}: {error}") from error
+
+    @property
+    def course(self) -> "list[Experiment]":
+        """The stages, each as an experiment of its own; the last is this one."""
+        return [dataclasses.replace(self, stages=(), **stage) for stage in (*self.stages, {})]
+
+    @property
+    def total_generations(self) -> int:
+        """Of all stages."""
+        return sum(stage.generations for stage in self.course)
 
     @property
     def radius(self) -> float:

@@ -1,10 +1,23 @@
 """What a generation is trained on: a function of a seed and the generation alone."""
 
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 import numpy as np
 import torch
 from torch import Tensor
+
+
+class Images(Protocol):
+    """Labelled images, of which any rows can be had: a ``data.Part``, or anything alike."""
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]: ...
+
+    def __len__(self) -> int: ...
+
+    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
+        """Images float32 ``[B, C, H, W]`` in [0, 1], labels int64 ``[B]``."""
+        ...
 
 
 class Minibatch(NamedTuple):

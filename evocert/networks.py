@@ -64,7 +64,7 @@ def cnn5(
     width: int = 16,
     hidden: int = 512,
 ) -> nn.Sequential:
-    """Three convolutions (3x3 and twice 4x4 with stride 2) and two linear layers, the first to ``hidden``. Arguments as cnn3."""
+    """Three convolutions (3x3 and twice 4x4 with stride 2) and two linear layers, the first to ``hidden``. Else as cnn3."""
     return _with_head(
         input_shape,
         [

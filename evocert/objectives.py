@@ -25,6 +25,7 @@ class Options:
             the radius of the small box of "sabr".
         steps: of the attack.
         step: its length as a share of eps.
+        regulariser: weight of ``regularisers.shi`` over the whole box, which is added to any objective.
     """
 
     bound: str
@@ -32,6 +33,7 @@ class Options:
     mixture: float = 0.5
     steps: int = 8
     step: float = 0.25
+    regulariser: float = 0.0
 
 
 # (members, images [B, C, H, W], labels [B], noise [B, C, H, W] in [-1, 1], options) -> certified or worst margins' loss [P, B]

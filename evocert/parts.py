@@ -4,6 +4,7 @@ import dataclasses
 import inspect
 import logging
 import os
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,6 +15,7 @@ from evocert import bounds, evaluation, networks, searchers
 from evocert.data import Dataset, channel_statistics, load
 from evocert.errors import InputError
 from evocert.experiment import Experiment
+from evocert.initialisation import INITIALISATIONS
 from evocert.memory import parse_bytes
 from evocert.problem import CertifiedTraining
 from evocert.runs import Run, warn
@@ -21,21 +23,82 @@ from evocert.runs import Run, warn
 CALIBRATION_IMAGES = 512  # whose statistics batch normalisations are given
 
 
-@dataclasses.dataclass
-class Parts:
-    """All that a run is made of."""
+@dataclasses.dataclass(frozen=True)
+class Stage:
+    """A part of a run with settings of its own.
 
+    Attributes:
+        number: counted from 0.
+        experiment: its settings.
+        problem: where the generations count on from those of the stages before.
+        first: how many generations come before it.
+    """
+
+    number: int
     experiment: Experiment
-    device: torch.device
-    data: Dataset
-    module: nn.Module
     problem: CertifiedTraining
-    searcher: Any
+    first: int
+
+    @property
+    def end(self) -> int:
+        """How many generations are done with its last."""
+        return self.first + self.experiment.generations
+
+    def fraction(self, generation: int) -> float:
+        """How much of it is done, for its schedules."""
+        return (generation - self.first) / self.experiment.generations
+
+
+class Parts:
+    """All that a run is made of.
+
+    Attributes:
+        stages: one, if the experiment names none; the last has the run's own settings.
+        stage, searcher: what trains now.
+    """
+
+    def __init__(
+        self, experiment: Experiment, device: torch.device, data: Dataset, module: nn.Module, stages: list[Stage]
+    ) -> None:
+        self.experiment, self.device, self.data, self.module, self.stages = experiment, device, data, module, stages
+        self.stage = stages[0]
+        self.searcher = self._searcher()
+
+    @property
+    def problem(self) -> CertifiedTraining:
+        """What is searched now."""
+        return self.stage.problem
+
+    @property
+    def in_last_stage(self) -> bool:
+        """Whether what trains now is the run itself, not what comes before it."""
+        return self.stage is self.stages[-1]
+
+    def _searcher(self) -> Any:
+        return searchers.method(self.stage.experiment.method).configured(self.problem, self.stage.experiment)
+
+    def enter(self, stage: Stage) -> None:
+        """Go on with another stage, from the centre as it is. Loggers and hooks follow to its searcher, which counts on."""
+        if stage is self.stage:
+            return
+        before = self.searcher
+        networks.with_parameters(self.module, before.status["center"].as_subclass(Tensor).detach())
+        if self.problem.actors is not None:
+            self.problem.kill_actors()
+        self.stage = stage
+        self.searcher = self._searcher()
+        self.searcher._steps_count = stage.first
+        for name in ("before_step_hook", "after_step_hook", "log_hook", "end_of_run_hook"):
+            getattr(self.searcher, name).extend(getattr(before, name))
+
+    def stage_of(self, generation: int) -> Stage:
+        """In which generation number ``generation``, counted from 1, takes place."""
+        return next(stage for stage in self.stages if generation <= stage.end)
 
 
 def build(
     experiment: Experiment,
-    tile: bounds.Tile | None = None,
+    tiles: Sequence[bounds.Tile] | None = None,
     statistics: dict[str, list[float]] | None = None,
     *,
     warm_start: bool = True,
@@ -44,7 +107,7 @@ def build(
 
     Args:
         experiment: what it describes.
-        tile: of an earlier process of the same run; chosen if None.
+        tiles: of an earlier process of the same run, one for each stage; chosen if None.
         statistics: likewise, of batch normalisations; of ``init_from``, or of a batch of training images, if None.
         warm_start: whether to read the start from ``init_from``; a checkpoint that is loaded afterwards replaces it.
 
@@ -56,6 +119,7 @@ def build(
     with torch.random.fork_rng(devices=[]):
         torch.default_generator.manual_seed(experiment.seed)  # torch.manual_seed would move CUDA's generators too
         module = build_module(experiment, data)
+        INITIALISATIONS[experiment.initialisation](module)
         start = None
         if experiment.init_from is not None and warm_start:
             start = _warm_start(Path(experiment.init_from), sum(p.numel() for p in module.parameters()))
@@ -64,20 +128,12 @@ def build(
             networks.set_statistics(module, statistics)
         else:
             networks.calibrate(module, data.train.batch(slice(0, CALIBRATION_IMAGES))[0])
-    fraction = 1 / experiment.generations
-    problem = CertifiedTraining(
-        module,
-        data.train,
-        eps=lambda generation: experiment.radius * experiment.eps_schedule(generation * fraction),
-        bound=experiment.bound,
-        batch_size=experiment.batch_size,
-        seed=experiment.seed,
-        natural_every=experiment.natural_every,
-        memory_budget=experiment.memory_budget,
-        tile=tile,
-        device=device,
-        num_actors=experiment.num_actors,
-    )
+    stages: list[Stage] = []
+    for settings in experiment.course:
+        first = stages[-1].end if stages else 0
+        tile = tiles[len(stages)] if tiles is not None else None
+        stages.append(Stage(len(stages), settings, _problem(settings, first, module, data, tile, device), first))
+    problem = stages[-1].problem
     if problem.network.num_classes < data.num_classes:
         raise InputError(
             f"the network has {problem.network.num_classes} outputs and data={experiment.data!r} {data.num_classes} classes: "
@@ -91,8 +147,29 @@ def build(
     if experiment.num_actors > 1:
         _start_ray(experiment.num_actors)
     bounds.give_threads_to_tiles()
-    searcher = searchers.method(experiment.method).configured(problem, experiment)
-    return Parts(experiment, device, data, module, problem, searcher)
+    return Parts(experiment, device, data, module, stages)
+
+
+def _problem(
+    settings: Experiment, first: int, module: nn.Module, data: Dataset, tile: bounds.Tile | None, device: torch.device
+) -> CertifiedTraining:
+    """Of one stage, before which there are ``first`` generations."""
+    fraction = 1 / settings.generations
+    problem = CertifiedTraining(
+        module,
+        data.train,
+        eps=lambda generation: settings.radius * settings.eps_schedule((generation - first) * fraction),
+        bound=settings.bound,
+        batch_size=settings.batch_size,
+        seed=settings.seed,
+        natural_every=settings.natural_every,
+        memory_budget=settings.memory_budget,
+        tile=tile,
+        device=device,
+        num_actors=settings.num_actors,
+    )
+    problem.generation = first
+    return problem
 
 
 def load_data(experiment: Experiment) -> Dataset:
@@ -109,7 +186,8 @@ def load_data(experiment: Experiment) -> Dataset:
 
 def chosen_centre(state: dict[str, Any], select: Any) -> Tensor:
     """Of a checkpoint's state, the centre ``[D]`` that the setting ``select`` takes, on the CPU."""
-    centre: Tensor = state["searcher"]["mu"] if select == "last" or state["best"] is None else state["best"]["centre"]
+    last = state.get("average", state["searcher"]["mu"])
+    centre: Tensor = last if select == "last" or state["best"] is None else state["best"]["centre"]
     return centre.cpu()
 
 

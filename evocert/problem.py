@@ -3,13 +3,14 @@
 import copy
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 import torch
 from evotorch import Problem, SolutionBatch
 from torch import Tensor, nn
 
+from evocert import regularisers
 from evocert.bounds import (
     BOUNDS,
     Members,
@@ -24,24 +25,11 @@ from evocert.bounds import (
 from evocert.errors import InputError
 from evocert.losses import cross_entropy_of_margins
 from evocert.memory import parse_bytes
-from evocert.minibatches import Minibatch, drawn_noise, drawn_rows
+from evocert.minibatches import Images, Minibatch, drawn_noise, drawn_rows
 from evocert.networks import flat_parameters
 from evocert.objectives import OBJECTIVES, Options
 
 STALLED_GENERATIONS = 3
-
-
-class Images(Protocol):
-    """Labelled images, of which any rows can be had: a ``data.Part``, or anything alike."""
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]: ...
-
-    def __len__(self) -> int: ...
-
-    def batch(self, rows: Tensor | slice) -> tuple[Tensor, Tensor]:
-        """Images float32 ``[B, C, H, W]`` in [0, 1], labels int64 ``[B]``."""
-        ...
 
 
 def _checked_eps(eps: Any) -> float:
@@ -243,10 +231,14 @@ class CertifiedTraining(Problem):
 
         def on_tile(members: Members, images: Tensor, labels: Tensor, noise: Tensor) -> Tensor:
             if objective == "certified":
-                return self._losses(members, images, labels, minibatch)
-            loss = OBJECTIVES[objective](members, images, labels, noise, wanted)
-            nothing = torch.full_like(loss, torch.nan)
-            return torch.stack((loss, nothing, nothing), 2)
+                columns = self._losses(members, images, labels, minibatch)
+            else:
+                loss = OBJECTIVES[objective](members, images, labels, noise, wanted)
+                columns = torch.stack((loss, *[torch.full_like(loss, torch.nan)] * 2), 2)
+            if wanted.regulariser:
+                penalty = wanted.regulariser * regularisers.shi(members, box_around(images, minibatch.eps))
+                columns = torch.cat((columns[..., :1] + penalty.unsqueeze(2), columns[..., 1:]), 2)
+            return columns
 
         images = minibatch.images.to(parameters.device, parameters.dtype)
         noise = drawn_noise(self._minibatch_seed, minibatch.generation, images)

@@ -12,14 +12,17 @@ from evotorch.logging import Logger
 from torch import Tensor
 
 from evocert import bounds, config, evaluation, networks
+from evocert.averaging import CentreAverage
 from evocert.display import Display
 from evocert.errors import InputError
+from evocert.experiment import Experiment
 from evocert.export.onnx import ExportError, export_onnx
 from evocert.logging import attach_loggers, close_loggers, kept_rows
 from evocert.memory import parse_bytes
-from evocert.parts import Parts, build, chosen_centre
+from evocert.parts import Parts, Stage, build, chosen_centre
 from evocert.problem_files import load_problem
 from evocert.runs import Run, environment, warn
+from evocert.searchers import SAMPLING, method
 
 ONNX_IMAGES = 100  # test images on which the exported file is compared with torch
 
@@ -81,7 +84,7 @@ def resume(path: Path, display: Display) -> tuple[Run, dict[str, Any]]:
         if run.finished:
             raise InputError(f"run {path} is finished: its results are in {path / 'results.json'}")
         found = config.reload(run)
-        parts = build(found.loaded.experiment, found.tile, found.statistics, warm_start=not run.has_checkpoint)
+        parts = build(found.loaded.experiment, found.tiles, found.statistics, warm_start=not run.has_checkpoint)
         config.check_imported(run, found.loaded)
         run.check_split(parts.data.split_record())
         if parts.device.type != found.device_type:
@@ -107,6 +110,7 @@ def _restore(parts: Parts, state: dict[str, Any]) -> None:
     """A checkpoint's state into the searcher. Raises whatever it may if something is lacking or does not fit."""
     for key in ("generation", "seconds", "best", "trained", "loggers"):
         state[key]  # a KeyError names it
+    parts.enter(parts.stage_of(max(state["generation"], 1)))
     parts.searcher.load_state_dict(state["searcher"])
 
 
@@ -114,42 +118,51 @@ def _train(
     parts: Parts, run: Run, loggers: Sequence[Logger], state: dict[str, Any] | None, display: Display
 ) -> dict[str, Any]:
     """The loop. ``state`` is the checkpoint to go on from, which the searcher has loaded, or None."""
-    experiment, searcher = parts.experiment, parts.searcher
-    last = experiment.generations
-    done, seconds, trained = 0, 0.0, False
+    experiment, last = parts.experiment, parts.stages[-1].end
+    done, seconds, trained, worse = 0, 0.0, False, 0
     best: dict[str, Any] | None = None
+    average = CentreAverage(experiment.averaging)
     if state is not None:
         done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
+        worse = state.get("worse", 0)
+        if "average_state" in state:
+            average.load_state_dict(state["average_state"], _centre(parts))
     run.open_metrics(done, warn)
     saved = lap = time.monotonic()
 
     if not trained:
-        network = parts.problem.network
-        display.start(
-            f"{experiment.problem}: {experiment.method} with {experiment.bound}, D = {network.num_parameters} parameters, "
-            f"population {experiment.popsize}, minibatch {experiment.batch_size}, {parts.device}  ->  {run.path}",
-            done,
-            last,
-        )
+        display.start(_title(parts, run), done, last)
     try:
         with _interrupts() as interrupted:
             while not trained:
-                fraction = done / last
-                searcher.set_learning_rate(
-                    experiment.center_learning_rate * experiment.learning_rate_schedule(fraction)
-                )
-                if experiment.stdev_learning_rate == 0:
-                    searcher.set_stdev(experiment.stdev_init * experiment.stdev_schedule(fraction))
+                parts.enter(parts.stage_of(done + 1))
+                stage, searcher = parts.stage, parts.searcher
+                _follow_schedules(stage, searcher, done)
                 step_began = time.perf_counter()
                 searcher.step()
                 done += 1
                 _log_generation(parts, run, done, time.perf_counter() - step_began, display)
-                if done == last:
+                if done == stage.end:
                     searcher.finish()
+                if parts.in_last_stage:
+                    average.add(_centre(parts))
                 # At equal distances, as nearly as whole generations allow, and at the end.
                 if done * experiment.validations // last > (done - 1) * experiment.validations // last or done == last:
-                    best = _validate(parts, run, done, best, display)
-                trained = done == last
+                    validated = _validate(parts, run, done, average, display)
+                    if parts.in_last_stage and (best is None or validated["certified"] >= best["certified"]):
+                        # Of equal ones the later, whose eps has come further; but it is no progress.
+                        worse = 0 if best is None or validated["certified"] > best["certified"] else worse + 1
+                        best = validated
+                    elif parts.in_last_stage:
+                        worse += 1
+                    if experiment.eps_schedule(stage.fraction(done)) != experiment.eps_schedule(1.0):
+                        worse = 0  # what a smaller eps has trained may be better for a while
+                trained = done == last or (parts.in_last_stage and 0 < experiment.patience <= worse)
+                if trained and done < last:
+                    searcher.finish()
+                    display.say(
+                        f"stopped at generation {done}: {worse} validations in a row were no better than the best"
+                    )
                 now = time.monotonic()
                 seconds, lap = seconds + now - lap, now
                 if trained or interrupted or now - saved >= experiment.checkpoint_seconds:
@@ -158,7 +171,9 @@ def _train(
                         "seconds": seconds,
                         "best": best,
                         "trained": trained,
+                        "worse": worse,
                         "searcher": searcher.state_dict(),
+                        **_averaged(experiment, average),
                         "loggers": kept_rows(loggers),
                     }
                     run.save_checkpoint(snapshot)
@@ -166,10 +181,10 @@ def _train(
                 if interrupted:
                     raise Interrupted(run.path, done)
         display.stop()
-        if searcher._end_of_run_hook:
-            searcher._end_of_run_hook(dict(searcher.status))
+        if parts.searcher._end_of_run_hook:
+            parts.searcher._end_of_run_hook(dict(parts.searcher.status))
         assert state is not None, "the end of the training is a checkpoint"
-        results = _finish(parts, run, chosen_centre(state, experiment.select), seconds, display)
+        results = _finish(parts, run, state, display)
     except OSError as error:
         raise Unwritable(run.path, error) from error
     except KeyboardInterrupt as interrupt:  # in the evaluation, which resume does again, or a second Ctrl-C
@@ -187,15 +202,59 @@ def _train(
     return results
 
 
+def _title(parts: Parts, run: Run) -> str:
+    """What is about to be done, in a line."""
+    experiment = parts.experiment
+    names = [f"{stage.experiment.method} with {stage.experiment.bound}" for stage in parts.stages]
+    members = f"population {experiment.popsize}, " if experiment.method in SAMPLING else ""
+    return (
+        f"{experiment.problem}: {', then '.join(names)}, D = {parts.problem.network.num_parameters} parameters, "
+        f"{members}minibatch {experiment.batch_size}, {parts.device}  ->  {run.path}"
+    )
+
+
+def _centre(parts: Parts) -> Tensor:
+    """``[D]``."""
+    centre: Tensor = parts.searcher.status["center"].as_subclass(Tensor).detach()
+    return centre
+
+
+def _follow_schedules(stage: Stage, searcher: Any, done: int) -> None:
+    """Learning rate and sigma of the next generation."""
+    settings, fraction = stage.experiment, stage.fraction(done)
+    searcher.set_learning_rate(settings.center_learning_rate * settings.learning_rate_schedule(fraction))
+    if settings.stdev_learning_rate == 0:
+        searcher.set_stdev(settings.stdev_init * settings.stdev_schedule(fraction))
+
+
+def _averaged(experiment: Experiment, average: CentreAverage) -> dict[str, Any]:
+    """What a checkpoint keeps of the average, if one is wanted and begun."""
+    state = average.state_dict()
+    if not experiment.averaging or state["sum"] is None:
+        return {}
+    return {"average": average.value.cpu(), "average_state": state}
+
+
+def _evaluations(parts: Parts, done: int) -> dict[str, int]:
+    """How many losses of one network on one image were computed, alone and with their gradients."""
+    values = gradients = 0
+    for stage in parts.stages:
+        settings = stage.experiment
+        images = settings.batch_size * max(min(done, stage.end) - stage.first, 0)
+        alone, followed = method(settings.method).members(settings)
+        values, gradients = values + images * alone, gradients + images * followed
+    return {"values": values, "gradients": gradients}
+
+
 def _log_generation(parts: Parts, run: Run, generation: int, seconds: float, display: Display) -> None:
     status, problem = parts.searcher.status, parts.problem
+    settings = parts.stage.experiment
     row = {
         "event": "generation",
         "generation": generation,
+        **({"stage": parts.stage.number + 1} if len(parts.stages) > 1 else {}),
         "eps": problem.eps_at(generation - 1),
-        "sigma": float(status["stdev"][0])
-        if parts.experiment.stdev_learning_rate == 0
-        else float(status["stdev"].mean()),
+        "sigma": float(status["stdev"][0]) if settings.stdev_learning_rate == 0 else float(status["stdev"].mean()),
         "mean_eval": status["mean_eval"],
         **{
             key: problem.status[key]
@@ -208,10 +267,10 @@ def _log_generation(parts: Parts, run: Run, generation: int, seconds: float, dis
     display.generation(generation, row["mean_eval"], row["eps"], row["sigma"])
 
 
-def _validate(parts: Parts, run: Run, generation: int, best: dict[str, Any] | None, display: Display) -> dict[str, Any]:
-    """Validate the centre at the full eps; returns the better of it and the best so far, the later one if they are equal."""
+def _validate(parts: Parts, run: Run, generation: int, average: CentreAverage, display: Display) -> dict[str, Any]:
+    """Validate the centre, or in the last stage what it is on average, at the full eps."""
     experiment = parts.experiment
-    centre = parts.searcher.status["center"].as_subclass(Tensor).detach().clone()
+    centre = average.value.clone() if experiment.averaging and parts.in_last_stage else _centre(parts).clone()
     began = time.perf_counter()
     natural, certified = evaluation.validate(
         parts.problem.network,
@@ -224,14 +283,13 @@ def _validate(parts: Parts, run: Run, generation: int, best: dict[str, Any] | No
     row = {"event": "validation", "generation": generation, "natural": natural, "certified": certified}
     run.log({**row, "timing": {"validate": time.perf_counter() - began}})
     display.validation(natural, certified)
-    if best is not None and best["certified"] > certified:
-        return best
     return {"centre": centre.cpu(), "generation": generation, "natural": natural, "certified": certified}
 
 
-def _finish(parts: Parts, run: Run, centre: Tensor, seconds: float, display: Display) -> dict[str, Any]:
-    """Evaluate the chosen centre on the test part, and write the network."""
+def _finish(parts: Parts, run: Run, state: dict[str, Any], display: Display) -> dict[str, Any]:
+    """Evaluate the chosen centre on the test part, and write the network. ``state``: the last checkpoint."""
     experiment, test = parts.experiment, parts.data.test
+    centre = chosen_centre(state, experiment.select)
     module = networks.with_parameters(parts.module, centre).to(parts.device)
     display.say(f"evaluating on {len(test)} test images")
     accuracy = evaluation.evaluate(
@@ -256,9 +314,10 @@ def _finish(parts: Parts, run: Run, centre: Tensor, seconds: float, display: Dis
         "split": "test",
         "examples": len(test),
         "seed": experiment.seed,
-        "generations": experiment.generations,
+        "generations": state["generation"],
         "init_from": experiment.init_from,
-        "train_seconds": seconds,
+        "train_seconds": state["seconds"],
+        "evaluations": _evaluations(parts, state["generation"]),
         "accuracy": dataclasses.asdict(accuracy),
     }
 

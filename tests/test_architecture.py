@@ -18,6 +18,8 @@ LAYERS = [
     {
         "losses",
         "objectives",
+        "regularisers",
+        "initialisation",
         "minibatches",
         "attacks",
         "data",
@@ -29,7 +31,7 @@ LAYERS = [
         "display",
     },
     {"experiment", "user_files", "problem_files", "problem", "searchers", "evaluation", "runs", "logging"},
-    {"parts", "config"},
+    {"parts", "config", "averaging"},
     {"finished"},
     {"certify", "export", "compare", "plots"},
     {"training", "bench", "sweep"},

@@ -107,7 +107,7 @@ class TestRecords:
         results = json.loads((reference / "results.json").read_text())
         assert list(results) == [
             "problem", "method", "bound", "eps", "dataset", "split", "examples", "seed", "generations", "init_from",
-            "train_seconds", "accuracy",
+            "train_seconds", "evaluations", "accuracy",
         ]  # fmt: skip
         accuracy = results["accuracy"]
         assert results["examples"] == len(data.test)
@@ -671,10 +671,14 @@ class TestBadInput:
             (["depth=3"], "the network cnn3 has no depth"),
             (["method=rgs", "stdev_init=0"], r"stdev_init=0\.0: allowed is a finite number over 0, with method=rgs"),
             (["method=grad", "num_actors=2"], "num_actors=2: allowed is 0, with method=grad"),
-            (["method=rgs", "control_points=2"], "control_points=2: allowed is 0, with method=rgs"),
             (["control_points=3"], "control_points=3: allowed is 0 or an even number"),
             (["control_points=2", "symmetric=false"], "symmetric=False: allowed is True, with control_points=2"),
             (["control_points=2", "ranking_method=nes"], "ranking_method='nes': allowed is raw, with control_points=2"),
+            (["averaging=1"], r"averaging=1\.0: allowed is 0 or more, less than 1"),
+            (["patience=-1"], "patience=-1: allowed is 0 or more"),
+            (["weight_decay=-1"], r"weight_decay=-1\.0: allowed is a finite number, 0 or more"),
+            (["method=grad", "regulariser=inf"], "regulariser=inf: allowed is a finite number, 0 or more"),
+            (["initialisation=xavier"], "initialisation='xavier': allowed are default, shi"),
             (["method=sabr", "stdev_learning_rate=0.1"], r"stdev_learning_rate=0\.1: allowed is 0, with method=sabr"),
             (["method=mtl-ibp", "mixture=1.5"], r"mixture=1\.5: allowed is 0 to 1"),
             (["method=sabr", "mixture=-0.1"], r"mixture=-0\.1: allowed is 0 to 1"),

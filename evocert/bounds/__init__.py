@@ -36,11 +36,13 @@ class Bound:
         cost: what it takes of memory for a network, and on which device, from which tiles are chosen.
         intermediate: the intervals on which the margins rest, (members, box) -> lower and upper bounds of what each activation
             is given, in the order in which they run.
+        differentiable: whether the margins have gradients, which methods other than evolution ask for.
     """
 
     margins: Callable[[Members, Box, Tensor], Tensor]
     cost: Callable[[Network, torch.device], Cost]
     intermediate: Callable[[Members, Box], list[ibp.Interval]]
+    differentiable: bool = True
 
     def __call__(
         self, network: Network, parameters: Tensor, box: Box, labels: Tensor, *, tile: Tile | None = None

@@ -22,6 +22,8 @@ METHODS: dict[str, str] = {
 }
 # Those that look around the centre, at a distance of about sigma.
 SAMPLING = ("pgpe", "rgs")
+# Those that descend on a certified loss, of whatever bound; the others have losses of their own.
+BY_GRADIENT = ("rgs", "grad")
 
 
 def method(name: str) -> Any:

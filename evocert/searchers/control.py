@@ -16,7 +16,7 @@ class ControlVariate:
 
     With ``a`` a vector that the population's noise does not depend on, and ``c`` a number likewise,
 
-        E[delta (L(mu + delta) - L(mu - delta)) / 2] = c sigma^2 a + E[delta ((L(mu + delta) - L(mu - delta)) / 2 - c a . delta)],
+        E[delta d] = c sigma^2 a + E[delta (d - c a . delta)],   d = (L(mu + delta) - L(mu - delta)) / 2,
 
     so the estimate stays that of the smoothed loss's gradient, jumps of L included, whatever ``a`` and ``c`` are; its variance
     is that of what ``a`` does not predict (control variates: Glasserman 2003, Monte Carlo Methods in Financial Engineering,

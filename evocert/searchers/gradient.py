@@ -27,6 +27,9 @@ class Descent(SearchAlgorithm):
         optimizer_config: what it takes besides the learning rate.
         clip_norm: the mean gradient is shortened to this length where it is longer; None: never.
         l1: weight of the parameters' absolute values in the loss.
+        weight_decay: share of the parameters that a step of length 1 takes away, whatever the gradient.
+        regulariser: weight of ``regularisers.shi`` in the loss, times 1 - eps / final_eps.
+        final_eps: where eps ends, in [0, 1] pixels.
         options: of ``objectives.Options``.
 
     Raises:
@@ -49,17 +52,22 @@ class Descent(SearchAlgorithm):
         optimizer_config: Mapping[str, Any] | None = None,
         clip_norm: float | None = None,
         l1: float = 0.0,
+        weight_decay: float = 0.0,
+        regulariser: float = 0.0,
+        final_eps: float = 0.0,
         options: Mapping[str, Any] | None = None,
     ) -> None:
         if clip_norm is not None and not 0 < clip_norm < math.inf:
             raise InputError(f"clip_norm={clip_norm}: allowed is a finite number over 0, or none")
-        if not 0 <= l1 < math.inf:
-            raise InputError(f"l1={l1}: allowed is a finite number, 0 or more")
+        for name, value in (("l1", l1), ("weight_decay", weight_decay), ("regulariser", regulariser)):
+            if not 0 <= value < math.inf:
+                raise InputError(f"{name}={value}: allowed is a finite number, 0 or more")
         super().__init__(problem, center=self._get_center, stdev=self._get_stdev, mean_eval=self._get_mean_eval)
         self._center = problem.generate_values(1)[0].as_subclass(Tensor).clone()
         self._stdev = torch.zeros(1, dtype=self._center.dtype, device=self._center.device)
         self._mean_eval = math.nan
         self._clip_norm, self._l1, self._options = clip_norm, l1, dict(options or {})
+        self._weight_decay, self._regulariser, self._final_eps = weight_decay, regulariser, final_eps
         self._center_learning_rate = center_learning_rate
         self._optimizer = None
         if optimizer is not None:
@@ -91,8 +99,16 @@ class Descent(SearchAlgorithm):
             "optimizer_config": experiment.optimizer_config,
             "clip_norm": experiment.clip_norm,
             "l1": experiment.l1,
+            "weight_decay": experiment.weight_decay,
+            "regulariser": experiment.regulariser,
+            "final_eps": experiment.radius * experiment.eps_schedule(1.0),
             "options": {} if cls.objective in ("certified", "standard") else names,
         }
+
+    @classmethod
+    def members(cls, experiment: Experiment) -> tuple[int, int]:
+        """How many points a generation evaluates, without and with gradients."""
+        return 0, 1
 
     # The status. Methods, not lambdas: searchers can be pickled.
 
@@ -114,13 +130,20 @@ class Descent(SearchAlgorithm):
         clock = Clock(self.problem.device)
         points = self._points()
         self.timing["sample"] = clock.lap()
-        losses, gradients = self.problem.descend(points, self.objective, **self._options)
+        losses, gradients = self.problem.descend(points, self.objective, **self._options, **self._warmth())
         self.timing["bounds"] = clock.lap()
         good = losses.isfinite() & gradients.isfinite().all(1)
         self._mean_eval = float(losses[good].mean()) if bool(good.any()) else math.nan
         if bool(good.any()):  # else there is no direction, and even momentum alone must not move the centre
             self._follow(gradients[good].mean(0))
         self.timing["update"] = clock.lap()
+
+    def _warmth(self) -> dict[str, float]:
+        """The regulariser's weight, while eps is on its way."""
+        if not self._regulariser:
+            return {}
+        way = self.problem.eps_at(self.problem.generation) / self._final_eps if self._final_eps else 1.0
+        return {"regulariser": self._regulariser * max(1.0 - way, 0.0)}
 
     def _points(self) -> Tensor:
         """Where the gradient is taken: ``[P, D]``."""
@@ -130,6 +153,8 @@ class Descent(SearchAlgorithm):
         gradient = gradient + self._l1 * self._center.sign()
         if not bool(gradient.any()):  # no direction either, and ClipUp would make NaN of it
             return
+        if self._weight_decay:
+            self._center = self._center * (1 - self._center_learning_rate * self._weight_decay)
         if self._clip_norm is not None:
             gradient = gradient * (self._clip_norm / gradient.norm()).clamp(max=1.0)
         if self._optimizer is None:
@@ -217,6 +242,10 @@ class RGS(Descent):
             "stdev_init": experiment.stdev_init,
             "symmetric": experiment.symmetric,
         }
+
+    @classmethod
+    def members(cls, experiment: Experiment) -> tuple[int, int]:
+        return 0, experiment.popsize
 
     def _points(self) -> Tensor:
         pairs = self._popsize // 2 if self._symmetric else self._popsize

@@ -49,6 +49,7 @@ class PGPE(EvoTorchPGPE):
         symmetric: antithetic pairs.
         control_points: gradients that serve as a control variate (``ControlVariate``): 0, or an even number, with "raw", pairs,
             a fixed sigma and no distributed mode.
+        weight_decay: share of the centre that a step of length 1 takes away, whatever the gradient; not in distributed mode.
         more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
 
     Raises:
@@ -73,6 +74,7 @@ class PGPE(EvoTorchPGPE):
         ranking_method: str = "raw",
         symmetric: bool = True,
         control_points: int = 0,
+        weight_decay: float = 0.0,
         **more: Any,
     ) -> None:
         if "num_interactions" in more or "popsize_max" in more:
@@ -88,6 +90,10 @@ class PGPE(EvoTorchPGPE):
             raise InputError(
                 f"control_points={control_points}: allowed is 0, without ranking_method='raw', symmetric=True, "
                 "stdev_learning_rate=0 and distributed=False"
+            )
+        if not 0 <= weight_decay < math.inf or (weight_decay and more.get("distributed")):
+            raise InputError(
+                f"weight_decay={weight_decay}: allowed is a finite number, 0 or more, and 0 if distributed"
             )
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
@@ -107,6 +113,7 @@ class PGPE(EvoTorchPGPE):
         if stdev_learning_rate == 0:
             kind = FixedSymmetricGaussian if symmetric else FixedGaussian
             self._distribution = kind(given.parameters, dtype=given.dtype, device=given.device)
+        self._weight_decay = weight_decay
         self._control = ControlVariate(control_points) if control_points else None
         # What the population was drawn from: the generator's state, the centre and sigma.
         self._before_sampling: Tensor | None = None
@@ -129,7 +136,13 @@ class PGPE(EvoTorchPGPE):
             ranking_method=experiment.ranking_method,
             symmetric=experiment.symmetric,
             control_points=experiment.control_points,
+            weight_decay=experiment.weight_decay,
         )
+
+    @classmethod
+    def members(cls, experiment: Experiment) -> tuple[int, int]:
+        """How many points a generation evaluates, without and with gradients."""
+        return experiment.popsize, experiment.control_points
 
     def _step_non_distributed(self) -> None:
         clock = Clock(self.problem.device)
@@ -168,9 +181,17 @@ class PGPE(EvoTorchPGPE):
             objective_sense=self.problem.senses[self._obj_index],
             ranking_method=self._ranking_method,
         )
-        if self._control is not None:
+        if self._control is not None and self._drawn_from is not None:
             gradients["mu"] = self._control.restored(gradients["mu"], self._drawn_from[1])
+        if self._weight_decay:
+            kept = 1 - self._rate * self._weight_decay
+            self._distribution = self._distribution.modified_copy(mu=kept * self._distribution.mu)
         self._update_distribution(gradients)
+
+    @property
+    def _rate(self) -> float:
+        rate = self._center_learning_rate if self.optimizer is None else self.optimizer.param_groups[0]["lr"]
+        return float(rate)
 
     def finish(self) -> None:
         """Apply the gradient of the last population, if there is one that is pending."""
