@@ -11,7 +11,7 @@ from evocert.bounds import Tile
 from evocert.data import data_folder
 from evocert.errors import InputError
 from evocert.experiment import PATHS
-from evocert.networks import statistics
+from evocert.networks import layers, statistics
 from evocert.parts import Parts
 from evocert.problem_files import LoadedProblem, load_problem
 from evocert.runs import Run, warn
@@ -37,6 +37,7 @@ def record(loaded: LoadedProblem, problem: Path, parts: Parts, run: Run) -> dict
         "tile": parts.stages[-1].problem.tile._asdict(),
         "stage_tiles": [stage.problem.tile._asdict() for stage in parts.stages[:-1]],
         "statistics": statistics(parts.module),
+        "layers": layers(parts.module),
         "device_type": parts.device.type,
         "overrides": list(loaded.overrides),
         # Both ways to the original: one survives a move of the run alone, the other a move of both together.

@@ -211,6 +211,12 @@ def set_statistics(module: nn.Module, found: dict[str, list[float]]) -> None:
         buffers[name].copy_(torch.tensor(values))
 
 
+def layers(module: nn.Module) -> list[str]:
+    """What a network is made of, without its numbers: each layer's name and torch's own words for it."""
+    leaves = ((name, child) for name, child in module.named_modules() if not list(child.children()))
+    return [f"{name}: {child!r}" for name, child in leaves if not isinstance(child, Normalize)]
+
+
 def flat_parameters(module: nn.Module) -> Tensor:
     """All parameters as one vector ``[D]``, in the order of ``module.named_parameters()``, detached."""
     return torch.nn.utils.parameters_to_vector(module.parameters()).detach()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import inspect
+import itertools
 import logging
 import os
 from collections.abc import Sequence
@@ -122,7 +123,7 @@ def build(
         INITIALISATIONS[experiment.initialisation](module)
         start = None
         if experiment.init_from is not None and warm_start:
-            start = _warm_start(Path(experiment.init_from), sum(p.numel() for p in module.parameters()))
+            start = _warm_start(Path(experiment.init_from), module)
             statistics = statistics or start.statistics
         if statistics:
             networks.set_statistics(module, statistics)
@@ -268,7 +269,7 @@ class _Start(NamedTuple):
     statistics: dict[str, list[float]]
 
 
-def _warm_start(path: Path, parameters: int) -> _Start:
+def _warm_start(path: Path, module: nn.Module) -> _Start:
     if not path.is_dir():
         raise InputError(f"init_from={path}: no such run folder")
     run = Run(path)
@@ -280,7 +281,13 @@ def _warm_start(path: Path, parameters: int) -> _Start:
         raise InputError(f"init_from={path}: {error}") from error
     if state is None or state["best"] is None:
         raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
-    centre = chosen_centre(state, selected)
-    if len(centre) != parameters:
+    here = networks.layers(module)
+    for there, own in itertools.zip_longest(config.get("layers", here), here, fillvalue="none"):
+        if there != own:
+            raise InputError(
+                f"init_from={path}: the first layer that differs is there {there}, here {own}: allowed is the same network"
+            )
+    centre, parameters = chosen_centre(state, selected), sum(p.numel() for p in module.parameters())
+    if len(centre) != parameters:  # of a run that did not record its layers yet
         raise InputError(f"init_from={path}: its network has {len(centre)} parameters, this one {parameters}")
     return _Start(centre, config.get("statistics") or {})

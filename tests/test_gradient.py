@@ -172,6 +172,19 @@ class TestGradient:
         moved = self.moved(start=3.0, l1=0.25, clip_norm=1.0)
         torch.testing.assert_close(moved, torch.full((4,), -0.5).double())
 
+    @pytest.mark.parametrize(("optimizer", "rate"), [(None, 0.5), ("sgd", 0.5), ("adam", 0.01)])
+    def test_leaves_the_decay_of_the_weights_alone(self, optimizer, rate):
+        """Decoupled: whatever the optimizer makes of the gradient, the share that goes is rate times weight_decay."""
+        ends = []
+        for decay in (0.0, 0.4):
+            problem = Toy(lambda x: 1e-3 * x.sum(1), 4, start=[2.0, -3.0, 0.0, 0.5])
+            searcher = Grad(problem, center_learning_rate=9.0, optimizer=optimizer, weight_decay=decay)
+            searcher.set_learning_rate(rate)
+            start = centre_of(searcher)
+            searcher.step()
+            ends.append(centre_of(searcher))
+        torch.testing.assert_close(ends[1], ends[0] - rate * 0.4 * start)
+
     @pytest.mark.parametrize("optimizer", OPTIMIZERS)
     @pytest.mark.parametrize("clip", [None, 1.0])
     def test_of_nothing_moves_nothing(self, optimizer, clip):

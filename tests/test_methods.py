@@ -8,8 +8,7 @@ from evocert.errors import InputError
 from evocert.experiment import Experiment
 from evocert.objectives import OBJECTIVES
 from evocert.problem import CertifiedTraining
-from evocert.searchers import METHODS, RGS, SABR, Grad, method
-from evocert.searchers.gradient import Descent
+from evocert.searchers import METHODS, PGPE, RGS, SABR, Grad, method
 
 EPS = 0.03
 FOLLOWING = [name for name in METHODS if name != "pgpe"]
@@ -41,7 +40,7 @@ class TestMethods:
     def test_take_an_experiment_s_settings(self, network, part, name):
         experiment = Experiment(
             eps=EPS, generations=1, center_learning_rate=0.3, method=name, popsize=10, stdev_init=0.7, symmetric=False,
-            clip_norm=2.5, l1=0.1, mixture=0.3, train_attack_steps=3, train_attack_step=0.7, optimizer="sgd",
+            clip_norm=2.5, l1=0.1, weight_decay=0.02, mixture=0.3, train_attack_steps=3, train_attack_step=0.7, optimizer="sgd",
             optimizer_config={"momentum": 0.25},
         )  # fmt: skip
         asked = []
@@ -58,7 +57,7 @@ class TestMethods:
         assert float(searcher.status["stdev"][0]) == pytest.approx(0.7 if name == "rgs" else 0.0)
         group = searcher.optimizer.param_groups[0]
         assert (group["lr"], group["momentum"]) == (0.3, 0.25)
-        assert (searcher._clip_norm, searcher._l1) == (2.5, 0.1)
+        assert (searcher._clip_norm, searcher._l1, searcher._weight_decay) == (2.5, 0.1, 0.02)
 
 
 @pytest.mark.parametrize(
@@ -66,6 +65,10 @@ class TestMethods:
     [
         (Grad, {"clip_norm": 0.0}, r"clip_norm=0\.0: allowed is a finite number over 0, or none"),
         (SABR, {"clip_norm": float("nan")}, "clip_norm=nan"),
+        (Grad, {"weight_decay": -1.0}, r"weight_decay=-1\.0: allowed is a finite number, 0 or more"),
+        (SABR, {"regulariser": float("inf")}, "regulariser=inf"),
+        (PGPE, {"weight_decay": float("nan"), "popsize": 2, "stdev_init": 0.1}, "weight_decay=nan"),
+        (PGPE, {"weight_decay": 0.1, "popsize": 2, "stdev_init": 0.1, "distributed": True}, r"weight_decay=0\.1"),
         (Grad, {"l1": -0.1}, r"l1=-0\.1: allowed is a finite number, 0 or more"),
         (RGS, {"popsize": 5, "stdev_init": 0.1}, "popsize=5: allowed is .* an even number"),
         (RGS, {"popsize": 0, "stdev_init": 0.1, "symmetric": False}, "popsize=0"),
@@ -74,6 +77,5 @@ class TestMethods:
     ],
 )
 def test_refuses(kind, settings, message):
-    assert issubclass(kind, Descent)
     with pytest.raises(InputError, match=message):
         kind(Toy(quadratic, 2), center_learning_rate=0.1, **settings)

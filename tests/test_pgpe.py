@@ -236,6 +236,22 @@ class TestSearcher:
         assert torch.equal(one.status["center"], other.status["center"])
         assert torch.equal(one.population.values, other.population.values)
 
+    @pytest.mark.parametrize(("optimizer", "rate"), [(None, 0.5), ("sgd", 0.5), ("adam", 0.01), ("clipup", 0.01)])
+    def test_decay_of_the_weights_is_none_of_the_optimizer_s_business(self, optimizer, rate):
+        """Rate times weight_decay is the share that goes with each update, the first of which is the second step's."""
+        ends = []
+        for decay in (0.0, 0.4):
+            problem = Toy(lambda x: x.sum(1), 4, start=[2.0, -3.0, 0.0, 0.5], seed=1)
+            searcher = PGPE(
+                problem, popsize=10, stdev_init=0.1, center_learning_rate=9.0, optimizer=optimizer, weight_decay=decay
+            )
+            searcher.set_learning_rate(rate)
+            searcher.step()
+            start = searcher.status["center"].as_subclass(torch.Tensor).clone()
+            searcher.step()
+            ends.append(searcher.status["center"].as_subclass(torch.Tensor).clone())
+        torch.testing.assert_close(ends[1], ends[0] - rate * 0.4 * start)
+
     def test_gradients_of_another_minibatch_would_not_control(self, network, part):
         """The control variate is of the population's own images: it predicts most of what these make of the noise."""
         problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=2)

@@ -15,6 +15,7 @@ import pytest
 import torch
 
 from evocert import networks, training
+from evocert.averaging import CentreAverage
 from evocert.bounds import BOUNDS, read_network
 from evocert.bounds.tiles import LANES
 from evocert.data import channel_statistics, load
@@ -200,8 +201,13 @@ class TestRecords:
             problem, [f"init_from={reference}", "generations=1", "center_learning_rate=1e-9"], tmp_path / "b", Silent()
         )
         torch.testing.assert_close(checkpoint(tmp_path / "b")["searcher"]["mu"], best, rtol=0, atol=1e-8)
-        with pytest.raises(InputError, match=r"its network has .* parameters, this one"):
+        first = r"the first layer that differs is there 1: Conv2d\(1, 2, .*\), here 1: Conv2d\(1, 3, .*\): allowed is the same"
+        with pytest.raises(InputError, match=first):
             start(problem, [f"init_from={reference}", "width=3"], tmp_path / "wide", Silent())
+        with pytest.raises(
+            InputError, match=r"there 6: Linear\(.*out_features=10.*\), here 6: Linear\(.*out_features=512"
+        ):
+            start(problem, [f"init_from={reference}", "network=cnn4"], tmp_path / "wide", Silent())
         with pytest.raises(InputError, match="no such run folder"):
             start(problem, ["init_from=absent"], tmp_path / "absent", Silent())
         assert not (tmp_path / "wide").exists()
@@ -659,6 +665,144 @@ class TestMethods:
         assert [row["nonfinite_evals"] for row in found] == [0] * 5 + [1, 2]
         assert checkpoint(folder)["searcher"]["mu"].isfinite().all()
         assert not (folder / "results.json").exists()
+
+
+STAGES = """
+import dataclasses
+experiment = dataclasses.replace(experiment, stages=[
+    {"method": "pgd", "generations": 5, "batch_size": 16, "center_learning_rate": 0.01, "train_attack_steps": 2},
+    {"method": "rgs", "bound": "crown-ibp", "generations": 4, "stdev_init": 0.001, "regulariser": 0.5, "l1": 1e-4},
+], control_points=2, generations=6, averaging=0.5, loggers=["PandasLogger"])
+"""
+
+
+class TestStages:
+    """Pre-train, then smooth."""
+
+    @pytest.fixture
+    def staged(self, tmp_path):
+        path = tmp_path / "staged.py"
+        path.write_text(PROBLEM + STAGES)
+        return path
+
+    def test_follow_each_other_from_centre_to_centre(self, staged, tmp_path):
+        start(staged, [], tmp_path / "all", Silent())
+        found = [row for row in rows(tmp_path / "all") if row["event"] == "generation"]
+        assert [row["generation"] for row in found] == list(range(1, 16))
+        assert [row["stage"] for row in found] == [1] * 5 + [2] * 4 + [3] * 6
+        assert [row["eps"] for row in found[5:9]] == pytest.approx([0, 0.01, 0.02, 0.02])  # a schedule of its own
+        assert [row["sigma"] for row in found[4:6]] == [0, pytest.approx(0.001)]
+        results = json.loads((tmp_path / "all" / "results.json").read_text())
+        assert results["generations"] == 15
+        assert results["evaluations"] == {"values": 6 * 8 * 4, "gradients": 5 * 16 + 4 * 8 * 4 + 6 * 8 * 2}
+        config = json.loads((tmp_path / "all" / "config.json").read_text())
+        assert len(config["stage_tiles"]) == 2
+        table = (tmp_path / "all" / "pandas.csv").read_text().splitlines()
+        assert [line.split(",")[0] for line in table[1:]] == [str(i) for i in range(1, 16)]
+
+    def test_are_what_runs_from_one_another_would_be(self, problem, staged, tmp_path):
+        """The second stage's one step begins where a run of the first stage alone ends."""
+        alike = '"batch_size": 40, "method": "grad", "generations": 3, "center_learning_rate": 0.01'
+        staged.write_text(PROBLEM + STAGES.split("[")[0] + f"[{{{alike}}}], select='last')")
+        settings = ["method=grad", "center_learning_rate=0.01", "batch_size=40", "select=last"]
+        start(staged, [*settings, "generations=1"], tmp_path / "staged", Silent())
+        start(problem, [*settings, "generations=3"], tmp_path / "first", Silent())
+        one, other = (checkpoint(tmp_path / name)["searcher"] for name in ("staged", "first"))
+        step = (one["mu"] - other["mu"]).abs()
+        # Adam's first step is its learning rate in every coordinate that has a gradient.
+        assert step.max() == pytest.approx(0.01, rel=1e-3)
+        assert (step[step > 1e-6] > 0.009).float().mean() > 0.9
+
+    @pytest.mark.parametrize("stop", [3, 6, 8, 10, 13])
+    def test_go_on_bit_for_bit(self, staged, tmp_path, stop):
+        """Within a stage, and at the seams."""
+        start(staged, [], tmp_path / "whole", Silent())
+        with pytest.raises(_KilledError):
+            start(staged, [], tmp_path / "cut", _Stopping(stop, _kill))
+        assert checkpoint(tmp_path / "cut")["generation"] == stop - 1
+        resume(tmp_path / "cut", Silent())
+        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+        assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
+        assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+
+    def test_the_best_is_of_the_last(self, staged, tmp_path):
+        start(staged, ["validations=15"], tmp_path / "run", Silent())
+        assert checkpoint(tmp_path / "run")["best"]["generation"] > 9
+
+    @pytest.mark.parametrize(
+        ("stages", "message"),
+        [
+            ('[{"eps": 0.1}]', r"a setting of stage 1='eps': allowed are bound, method, train_eps"),
+            ('[{"method": "pgd"}, {"seed": 1}]', "a setting of stage 2='seed': allowed are"),
+            ('[{"network": "cnn5"}]', "a setting of stage 1='network': allowed are"),
+            ('[{"batch_sise": 3}]', r"a setting of stage 1='batch_sise': allowed are .*did you mean batch_size"),
+            ('[{"method": "rgs", "stdev_init": 0}]', r"stage 1: stdev_init=0\.0: allowed is a finite number over 0"),
+            ('[{}, {"generations": 0}]', "stage 2: generations=0: allowed is 1 or more"),
+            ('["pgd"]', "stages, number 1='pgd': allowed is a mapping of settings"),
+            ('[{"batch_size": 10**6}]', "batch_size=1000000: allowed is 1 to"),
+        ],
+    )
+    def test_that_contradict_leave_no_run_folder(self, staged, tmp_path, stages, message):
+        staged.write_text(PROBLEM.replace("validations=4,", f"validations=4, stages={stages},"))
+        with pytest.raises(InputError, match=message):
+            start(staged, [], tmp_path / "run", Silent())
+        assert not (tmp_path / "run").exists()
+
+
+class TestAveraging:
+    def test_is_what_is_validated_and_handed_over(self, problem, tmp_path):
+        """Of few generations almost equally weighted: half way between the first and the last, as the searcher goes."""
+        settings = ["method=grad", "averaging=0.999", "select=last", "validations=12", "checkpoint_seconds=0"]
+        start(problem, settings, tmp_path / "run", Silent())
+        state = checkpoint(tmp_path / "run")
+        onnx = onnxruntime.InferenceSession(tmp_path / "run" / "network.onnx")
+        image = np.zeros((1, 1, 8, 8), np.float32)
+        logits = onnx.run(None, {onnx.get_inputs()[0].name: image})[0]
+        found = load_problem(tmp_path / "run" / "problem.py", settings)
+        parts = training.build(found.experiment)
+        for name, close in (("average", True), ("mu", False)):
+            centre = state["average"] if name == "average" else state["searcher"]["mu"]
+            own = networks.with_parameters(parts.module, centre)(torch.zeros(1, 1, 8, 8)).detach().numpy()
+            assert np.allclose(own, logits, atol=1e-5) == close
+
+    def test_goes_on_bit_for_bit(self, problem, tmp_path):
+        start(problem, ["averaging=0.8"], tmp_path / "whole", Silent())
+        with pytest.raises(_KilledError):
+            start(problem, ["averaging=0.8"], tmp_path / "cut", _Stopping(7, _kill))
+        resume(tmp_path / "cut", Silent())
+        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+
+    def test_weighs_by_age(self):
+        average = CentreAverage(0.5)
+        for value in (1.0, 2.0, 4.0):
+            average.add(torch.tensor([value, -value]))
+        expected = (0.25 * 1 + 0.5 * 2 + 4) / 1.75
+        torch.testing.assert_close(average.value, torch.tensor([expected, -expected]))
+
+
+class TestPatience:
+    def test_ends_a_run_that_gets_no_better(self, problem, tmp_path, capsys):
+        """With a step so small that nothing changes, all validations are alike; those while eps rises do not count."""
+        settings = ["generations=40", "validations=20", "center_learning_rate=1e-12", "patience=3", "method=grad"]
+        start(problem, settings, tmp_path / "run", Silent())
+        found = [row for row in rows(tmp_path / "run") if row["event"] == "validation"]
+        assert found[-1]["generation"] == 24  # eps is whole at 20, and 2 generations lie between validations
+        results = outcome(tmp_path / "run")
+        assert results["generations"] == 24
+        assert results["evaluations"] == {"values": 0, "gradients": 24 * 8}
+
+    def test_lets_a_run_go_on_that_gets_better(self, problem, tmp_path):
+        start(problem, ["patience=20", "validations=12"], tmp_path / "run", Silent())
+        assert outcome(tmp_path / "run")["generations"] == 12
+
+    def test_a_run_that_ended_early_resumes_as_ended(self, problem, tmp_path):
+        settings = ["generations=40", "validations=20", "center_learning_rate=1e-12", "patience=3", "method=grad"]
+        start(problem, settings, tmp_path / "whole", Silent())
+        with pytest.raises(_KilledError):
+            start(problem, settings, tmp_path / "cut", _Stopping(22, _kill))
+        resume(tmp_path / "cut", Silent())
+        assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
 
 
 class TestBadInput:
