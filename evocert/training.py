@@ -254,7 +254,7 @@ def _log_generation(parts: Parts, run: Run, generation: int, seconds: float, dis
         "generation": generation,
         **({"stage": parts.stage.number + 1} if len(parts.stages) > 1 else {}),
         "eps": problem.eps_at(generation - 1),
-        "sigma": float(status["stdev"][0]) if settings.stdev_learning_rate == 0 else float(status["stdev"].mean()),
+        "sigma": float(status["stdev"].max()) if settings.stdev_learning_rate == 0 else float(status["stdev"].mean()),
         "mean_eval": status["mean_eval"],
         **{
             key: problem.status[key]

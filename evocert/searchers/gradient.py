@@ -15,6 +15,7 @@ from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
 from evocert.searchers.progress import progress_of, restore_progress
+from evocert.searchers.scale import scale_of
 
 
 class Descent(SearchAlgorithm):
@@ -220,11 +221,19 @@ class RGS(Descent):
         popsize: P, even if symmetric.
         stdev_init: sigma, the standard deviation of the parameter noise.
         symmetric: antithetic pairs.
+        stdev_scale: how sigma is shared out, a name in ``scale.STDEV_SCALES``.
         more: as of ``Descent``.
     """
 
     def __init__(
-        self, problem: CertifiedTraining, *, popsize: int, stdev_init: float, symmetric: bool = True, **more: Any
+        self,
+        problem: CertifiedTraining,
+        *,
+        popsize: int,
+        stdev_init: float,
+        symmetric: bool = True,
+        stdev_scale: str = "uniform",
+        **more: Any,
     ) -> None:
         if not 0 < stdev_init < math.inf:
             raise InputError(f"stdev_init={stdev_init}: allowed is a finite number over 0")
@@ -232,7 +241,8 @@ class RGS(Descent):
             raise InputError(f"popsize={popsize}: allowed is 1 or more, with symmetric=true an even number")
         super().__init__(problem, **more)
         self._popsize, self._symmetric = popsize, symmetric
-        self._stdev.fill_(stdev_init)
+        self._scale = scale_of(problem, stdev_scale)
+        self._stdev = stdev_init * self._scale
 
     @classmethod
     def _settings(cls, experiment: Experiment) -> dict[str, Any]:
@@ -241,6 +251,7 @@ class RGS(Descent):
             "popsize": experiment.popsize,
             "stdev_init": experiment.stdev_init,
             "symmetric": experiment.symmetric,
+            "stdev_scale": experiment.stdev_scale,
         }
 
     @classmethod
@@ -257,7 +268,7 @@ class RGS(Descent):
 
     def set_stdev(self, stdev: float) -> None:
         """Sigma from the next points on."""
-        self._stdev = torch.full_like(self._stdev, stdev)
+        self._stdev = stdev * self._scale
 
 
 class Standard(Descent):

@@ -17,6 +17,7 @@ from evocert.searchers.clock import Clock
 from evocert.searchers.control import ControlVariate
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
 from evocert.searchers.progress import progress_of, restore_progress
+from evocert.searchers.scale import scale_of
 
 
 class PGPE(EvoTorchPGPE):
@@ -50,6 +51,7 @@ class PGPE(EvoTorchPGPE):
         control_points: gradients that serve as a control variate (``ControlVariate``): 0, or an even number, with "raw", pairs,
             a fixed sigma and no distributed mode.
         weight_decay: share of the centre that a step of length 1 takes away, whatever the gradient; not in distributed mode.
+        stdev_scale: how sigma is shared out, a name in ``scale.STDEV_SCALES``.
         more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
 
     Raises:
@@ -75,6 +77,7 @@ class PGPE(EvoTorchPGPE):
         symmetric: bool = True,
         control_points: int = 0,
         weight_decay: float = 0.0,
+        stdev_scale: str = "uniform",
         **more: Any,
     ) -> None:
         if "num_interactions" in more or "popsize_max" in more:
@@ -95,6 +98,7 @@ class PGPE(EvoTorchPGPE):
             raise InputError(
                 f"weight_decay={weight_decay}: allowed is a finite number, 0 or more, and 0 if distributed"
             )
+        self._scale = scale_of(problem, stdev_scale)
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(
@@ -102,7 +106,7 @@ class PGPE(EvoTorchPGPE):
             popsize=popsize,
             center_learning_rate=center_learning_rate,
             stdev_learning_rate=stdev_learning_rate,
-            stdev_init=stdev_init,
+            stdev_init=(stdev_init * self._scale).repeat(problem.solution_length // len(self._scale)),
             optimizer=optimizer,
             optimizer_config=optimizer_config,
             ranking_method=ranking_method,
@@ -137,6 +141,7 @@ class PGPE(EvoTorchPGPE):
             symmetric=experiment.symmetric,
             control_points=experiment.control_points,
             weight_decay=experiment.weight_decay,
+            stdev_scale=experiment.stdev_scale,
         )
 
     @classmethod
@@ -214,7 +219,7 @@ class PGPE(EvoTorchPGPE):
 
         The pending population's gradient stays right if sigma has no learning rate: the centre's does not contain sigma.
         """
-        sigma = torch.full_like(self._distribution.sigma, stdev)
+        sigma = torch.full_like(self._distribution.sigma, stdev) * self._scale
         self._distribution = self._distribution.modified_copy(sigma=sigma)
 
     # State
