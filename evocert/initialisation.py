@@ -14,7 +14,7 @@ def default(module: nn.Module) -> None:
 def shi(module: nn.Module) -> None:
     """Weights of standard deviation ``sqrt(2 pi) / fan_in``, by which interval bounds keep their width from layer to layer.
 
-    Shi et al. 2021, arXiv:2102.10356, section 3.1. The last layer keeps its own initialisation, as nothing is bounded behind
+    Shi et al. 2021, arXiv:2102.10356. The last layer keeps its own initialisation, as nothing is bounded behind
     it, and biases keep theirs, as they do not widen a bound.
     """
     affine = [child for child in module.modules() if isinstance(child, nn.Linear | nn.Conv2d)]

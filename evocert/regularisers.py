@@ -10,7 +10,7 @@ LEAST = 1e-12  # what is divided by
 
 
 def shi(members: Members, box: Box) -> Tensor:
-    """The penalty of Shi et al. 2021 (arXiv:2102.10356, section 3.3) on the interval bounds before each activation.
+    """The penalty of Shi et al. 2021 (arXiv:2102.10356) on the interval bounds before each activation.
 
     A layer's intervals should not be more than 1 / tau times as wide as the input's, and the neurons that are proved active
     should weigh about as much as those that are proved inactive, in their means and in their squared deviations:

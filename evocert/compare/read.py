@@ -12,7 +12,8 @@ from evocert.errors import InputError
 
 # What config.json records beside the settings. The problem file's hash and the device are compared under names of their own.
 _RECORDS = {
-    "tile", "statistics", "device_type", "overrides", "problem_file", "problem_path", "problem_sha256", "imported", "evocert",
+    "tile", "stage_tiles", "statistics", "layers", "device_type", "overrides", "problem_file", "problem_path",
+    "problem_sha256", "imported", "evocert",
 }  # fmt: skip
 # Settings that decide where and how something is kept, not what comes out.
 _INDIFFERENT = {"data_dir", "download", "device", "loggers", "checkpoint_seconds"}

@@ -210,7 +210,7 @@ class Grad(Descent):
 
 
 class RGS(Descent):
-    """Randomised gradient smoothing: the mean gradient at points around the centre (arXiv:2403.07095, section 4).
+    """Randomised gradient smoothing: the mean gradient at points around the centre (arXiv:2403.07095).
 
         g = (1 / P) sum_i grad L(mu + sigma * noise_i)
 

@@ -1,0 +1,19 @@
+"""MNIST at eps = 0.1, CNN3-tiny: evolution on the smoothed certified loss, with gradients for a control variate.
+
+evocert sweep problems/mnist_tiny_pgpe.py --grid bound=ibp,crown-ibp,deeppoly --seeds 0,1,2 --out runs/mnist_tiny_pgpe
+"""
+
+import dataclasses
+
+import mnist_tiny
+
+experiment = dataclasses.replace(
+    mnist_tiny.experiment,
+    method="pgpe",
+    popsize=64,  # 32 pairs; with half of them IBP lost three points of certified accuracy
+    batch_size=16,  # the noise to beat is in the directions, not in the images: 32 x 32 and 16 x 64 did far worse
+    control_points=4,  # gradients cost little at so few images, and take nearly all noise out of the differences
+    stdev_init=0.01,  # sigma of the last layer's weights ...
+    stdev_scale="by-use",  # ... a fourteenth of it of the first convolution's, a seventh of the second's
+    center_learning_rate=0.01,  # Adam
+)
