@@ -32,6 +32,40 @@ def images(path, shape, classes, dtype):
     np.savez(path, **arrays)
 
 
+@pytest.mark.parametrize("path", sorted(PROBLEMS.glob("*.py")), ids=lambda path: path.stem)
+def test_every_file_says_how_it_is_run(path):
+    command = path.read_text().split('"""')[1]
+    assert (
+        f"problems/{path.name}" in command or path.stem.removesuffix("_deeppoly").removesuffix("_crown_ibp") in command
+    )
+    if path.stem != "own_data":  # whose arrays are the reader's
+        experiment = load_problem(path).experiment
+        assert experiment.problem == path.stem
+
+
+@pytest.mark.parametrize("method", ["grad", "rgs", "pgpe"])
+def test_rows_of_the_study_differ_by_their_bound_alone(method):
+    """And all start at the same weights, see the same images, and have as many generations."""
+    rows = {}
+    for bound in ("ibp", "crown-ibp", "deeppoly"):
+        name = f"mnist_tiny_{method}" + ("" if bound == "ibp" else f"_{bound.replace('-', '_')}")
+        rows[bound] = load_problem(PROBLEMS / f"{name}.py").experiment
+        assert (rows[bound].method, rows[bound].bound) == (method, bound)
+    settings = [
+        {name: value for name, value in row.settings().items() if name not in ("bound", "problem")}
+        for row in rows.values()
+    ]
+    assert settings[0] == settings[1] == settings[2]
+
+
+@pytest.mark.parametrize("method", ["grad", "rgs", "pgpe"])
+def test_digits_of_the_study(tmp_path, method):
+    name = "digits_tiny_pgpe" if method == "pgpe" else "digits_tiny"
+    results = run(name, tmp_path, f"method={method}", "bound=crown-ibp")
+    assert results["method"] == method
+    assert set(results["accuracy"]["certified"]) == {"ibp", "crown-ibp"}
+
+
 def test_digits(tmp_path):
     assert run("digits_cnn3", tmp_path)["examples"] == 359
 
