@@ -1,4 +1,4 @@
-"""Digits at eps = 0.1 on CNN3-tiny: the study of docs/results.md at a size where a run takes seconds, and nothing is downloaded.
+"""Digits at eps = 0.1 on CNN3-tiny: the study of docs/results.md where a run takes seconds and nothing is downloaded.
 
     evocert run problems/digits_tiny.py
     evocert sweep problems/digits_tiny.py --grid method=grad,rgs --grid bound=ibp,crown-ibp,deeppoly --seeds 0,1,2,3,4

@@ -1,4 +1,4 @@
-"""MNIST at eps = 0.1 on CNN3-tiny: what the rows of the study in docs/results.md share. Two cores train it in seconds to minutes.
+"""MNIST at eps = 0.1 on CNN3-tiny: what the rows of the study in docs/results.md share. Two cores take seconds to minutes.
 
     evocert run problems/mnist_tiny.py
 
