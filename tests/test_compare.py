@@ -107,6 +107,27 @@ class TestRows:
         names = [comparison.names(row) for row in comparison.rows]
         assert names[0] != names[1]  # whatever the reason is, it is told
 
+    def test_runs_that_stopped_early_say_how_far_they_came(self, run):
+        folders = [run(f"r{seed}", seed=seed) for seed in range(3)]
+        for folder, done in zip(folders, (4, 2, 3), strict=True):
+            results = json.loads((folder / "results.json").read_text())
+            write(folder / "results.json", {**results, "generations": done})
+        (row,) = compare(folders).rows
+        assert row.generations == "2-4"
+        (row,) = compare(folders[:1]).rows
+        assert row.generations == "4"
+
+    def test_losses_are_counted_where_all_seeds_have_counts(self, run):
+        folders = [run(f"r{seed}", seed=seed) for seed in range(2)]
+        for folder, values in zip(folders, (2_000_000, 1_000_000), strict=True):
+            results = json.loads((folder / "results.json").read_text())
+            write(folder / "results.json", {**results, "evaluations": {"values": values, "gradients": 64_000}})
+        comparison = compare(folders)
+        assert comparison.rows[0].evaluated("values").mean == 1_500_000
+        assert "| 1.5 M + 0.064 M |" in markdown(comparison)
+        assert compare([*folders, run("old", seed=2)]).rows[0].evaluated("values") is None
+        assert "losses" not in markdown(compare([run("alone")]))
+
     def test_a_seed_twice_is_no_average(self, run):
         comparison = compare([run("a"), run("b"), run("c", seed=1)])
         assert [row.seeds for row in comparison.rows] == [[0, 1], [0]]
@@ -335,6 +356,7 @@ class TestRefused:
         "change",
         [
             {"eps": 0.3}, {"eps": "0.1"}, {"seed": 5}, {"examples": -1}, {"examples": None}, {"train_seconds": float("nan")},
+            {"evaluations": 3}, {"evaluations": {"values": -1}},
             {"accuracy": None}, {"accuracy": {"natural": 1.5, "attacked": 0.5, "certified": {}}}, {"dataset": 3},
             {"accuracy": {"natural": 0.5, "attacked": 0.5, "certified": {"ibp": True}}},
         ],

@@ -53,7 +53,10 @@ class RunRecord:
         eps: the radius that it certifies.
         data: the data set's name and, of arrays of the user's own, their file.
         examples: test images that its figures are fractions of.
+        generations: that were trained, those of all stages.
         train_seconds: of training, validations included.
+        evaluations: losses of one network on one image, alone ("values") and with their gradients ("gradients"); empty where
+            they are not on record.
         natural, attacked, certified: of results.json; ``certified`` by bound.
         settings: all that may change the figures, but for the seed; groups by dotted names.
         version: of evocert.
@@ -71,6 +74,7 @@ class RunRecord:
     seed: int
     generations: int
     train_seconds: float
+    evaluations: dict[str, float]
     natural: float
     attacked: float
     certified: dict[str, float]
@@ -106,7 +110,7 @@ def read_run(path: Path) -> RunRecord | None:
     if not (path / "results.json").is_file():
         return None
     results, config = _Object.of(path / "results.json"), _Object.of(path / "config.json")
-    for name in ("problem", "method", "bound", "eps", "seed", "generations"):
+    for name in ("problem", "method", "bound", "eps", "seed"):
         if results.content.get(name) != config.content.get(name):
             raise InputError(
                 f"{results.path}: {name}={results.content.get(name)!r}, but config.json has {config.content.get(name)!r}: "
@@ -127,6 +131,7 @@ def read_run(path: Path) -> RunRecord | None:
         seed=results.whole("seed"),
         generations=results.whole("generations"),
         train_seconds=results.number("train_seconds"),
+        evaluations=results.object("evaluations").numbers() if "evaluations" in results.content else {},
         natural=accuracy.number("natural", 1.0),
         attacked=accuracy.number("attacked", 1.0),
         certified=accuracy.object("certified").numbers(1.0),
@@ -268,7 +273,7 @@ class _Object:
             raise self._wrong(name, allowed)
         return float(value)
 
-    def numbers(self, most: float) -> dict[str, float]:
+    def numbers(self, most: float = math.inf) -> dict[str, float]:
         return {name: self.number(name, most) for name in self.content}
 
     def _checked(self, name: str, kind: Any, allowed: str) -> Any:

@@ -53,6 +53,17 @@ class Row:
     def seeds(self) -> list[int]:
         return [run.seed for run in self.runs]
 
+    @property
+    def generations(self) -> str:
+        """How many were trained: one number, or from the fewest to the most where runs stopped early."""
+        counts = sorted({run.generations for run in self.runs})
+        return str(counts[0]) if len(counts) == 1 else f"{counts[0]}-{counts[-1]}"
+
+    def evaluated(self, kind: str) -> Figure | None:
+        """Of ``evaluations``; None where not all runs have it on record."""
+        values = [run.evaluations[kind] for run in self.runs if kind in run.evaluations]
+        return Figure.of(values) if len(values) == len(self.runs) else None
+
     def figure(self, of: Callable[[RunRecord], float]) -> Figure:
         return Figure.of([of(run) for run in self.runs])
 
@@ -101,7 +112,7 @@ class Comparison:
         names = {"problem": first.problem} if self.varies(lambda run: run.problem) else {}
         names |= {"method": first.method, "bound": first.bound}
         names |= {"eps": f"eps {first.eps:.4g}"} if self.varies(lambda run: run.eps) else {}
-        names |= {"generations": f"{first.generations} generations"} if self.varies(lambda run: run.generations) else {}
+        names |= {"generations": f"{row.generations} generations"} if self.varies(lambda run: run.generations) else {}
         return names | ({"settings": row.settings} if row.differs else {})
 
 

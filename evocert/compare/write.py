@@ -92,7 +92,7 @@ def comma_separated(comparison: Comparison) -> str:
         first = row.first
         line: dict[str, Any] = {
             "problem": first.problem, "method": first.method, "bound": first.bound, "eps": first.eps, "data": first.data,
-            "examples": first.examples, "generations": first.generations,
+            "examples": first.examples, "generations": row.generations,
             "seeds": " ".join(map(str, row.seeds)),
         }  # fmt: skip
         for name, figure in _figures(comparison, row).items():
@@ -120,7 +120,7 @@ def as_json(comparison: Comparison) -> str:
             "eps": row.first.eps,
             "data": row.first.data,
             "examples": row.first.examples,
-            "generations": row.first.generations,
+            "generations": row.generations,
             "settings": row.differs,
             "seeds": row.seeds,
             "runs": [str(run.path) for run in row.runs],
@@ -146,7 +146,11 @@ FORMATS: dict[str, Callable[[Comparison], str]] = {".md": markdown, ".csv": comm
 
 def _figures(comparison: Comparison, row: Row) -> dict[str, Figure | None]:
     """Every figure of a row by its dotted name; the same names for every row."""
-    figures = _accuracies(comparison, row) | {"train_seconds": row.figure(lambda run: run.train_seconds)}
+    figures = _accuracies(comparison, row) | {
+        "train_seconds": row.figure(lambda run: run.train_seconds),
+        "evaluations.values": row.evaluated("values"),
+        "evaluations.gradients": row.evaluated("gradients"),
+    }
     if _has(comparison):
         figures |= {f"certify.{name}": figure for name, figure in _certify(comparison, row).items()}
     return figures
@@ -185,16 +189,19 @@ def _tables(comparison: Comparison) -> list[_Table]:
     shared, names, keys = _keys(comparison)
     bounds = [f"certified by {bound}" for bound in comparison.bounds]
     spread = "mean ± standard deviation over seeds" if any(len(row.runs) > 1 for row in comparison.rows) else ""
-    title = ", ".join(filter(None, [*shared, "accuracies in percent", spread]))
+    counted = any(row.evaluated("values") for row in comparison.rows)
+    words = "losses: of one network on one image, alone + with gradients" if counted else ""
+    title = ", ".join(filter(None, [*shared, "accuracies in percent", spread, words]))
     lines = [
         [
             *key,
             *(_percent(figure, len(row.runs)) for figure in _accuracies(comparison, row).values()),
             _clock(row.figure(lambda run: run.train_seconds)),
+            *([_evaluated(row)] if counted else []),
         ]
         for key, row in zip(keys, comparison.rows, strict=True)
     ]
-    tables = [(title, [*names, "natural", "attacked", *bounds, "training"], lines)]
+    tables = [(title, [*names, "natural", "attacked", *bounds, "training", *(["losses"] if counted else [])], lines)]
     if _has(comparison):
         tables.append(
             (
@@ -223,7 +230,7 @@ def _keys(comparison: Comparison) -> tuple[list[str], list[str], list[list[str]]
         ("bound", lambda row: row.first.bound, ""),
         ("eps", lambda row: f"{row.first.eps:.4g}", "eps = {}"),
         ("settings", lambda row: row.settings, ""),
-        ("generations", lambda row: str(row.first.generations), "{} generations"),
+        ("generations", lambda row: row.generations, "{} generations"),
         ("seeds", lambda row: _seeds(row.seeds), ""),
     ]
     shared, names, entries = [], [], []
@@ -246,6 +253,12 @@ def _percent(figure: Figure | None, runs: int) -> str:
         return "-"
     spread = "" if figure.deviation is None else f" ± {100 * figure.deviation:.1f}"
     return f"{100 * figure.mean:.1f}{spread}" + (f" ({figure.count} of {runs})" if figure.count < runs else "")
+
+
+def _evaluated(row: Row) -> str:
+    """Millions of losses, alone and with gradients."""
+    figures = [row.evaluated(kind) for kind in ("values", "gradients")]
+    return " + ".join("-" if figure is None else f"{figure.mean / 1e6:.3g} M" for figure in figures)
 
 
 def _clock(figure: Figure) -> str:

@@ -119,7 +119,7 @@ def plan(path: Path, grid: Sequence[str], seeds: str | None, overrides: Sequence
             raise InputError(f"cell {', '.join(own)} is the same as cell {settings[found]}: allowed is each value once")
         settings[found] = ", ".join(own)
         name = _folder_name(varying, chosen, {taken.lower() for taken in cells})
-        cells[name] = Cell(name, loaded.overrides, loaded.experiment.generations)
+        cells[name] = Cell(name, loaded.overrides, loaded.experiment.total_generations)
     return Plan(
         path, loaded.experiment.problem, loaded.sha256, loaded.file.imported(), varying, tuple(overrides), tuple(cells.values())
     )  # fmt: skip
