@@ -38,7 +38,7 @@ SELECTIONS = ("best", "last")
 STAGED = (
     "bound", "method", "train_eps", "generations", "batch_size", "popsize", "stdev_init", "stdev_learning_rate",
     "center_learning_rate", "optimizer", "optimizer_config", "ranking_method", "symmetric", "control_points", "clip_norm", "l1",
-    "weight_decay", "stdev_scale", "regulariser", "mixture", "train_attack_steps", "train_attack_step", "eps_schedule",
+    "weight_decay", "stdev_by_use", "regulariser", "mixture", "train_attack_steps", "train_attack_step", "eps_schedule",
     "learning_rate_schedule", "stdev_schedule", "natural_every",
 )  # fmt: skip
 PATHS = ("data_dir", "data_path", "init_from")
@@ -89,7 +89,8 @@ class Experiment:
         popsize, stdev_init, center_learning_rate, stdev_learning_rate, optimizer, optimizer_config, ranking_method,
             symmetric: as of ``evocert.searchers.PGPE`` and EvoTorch; stdev_init is sigma. Methods without noise have no use for
             popsize and stdev_init.
-        stdev_scale: how sigma is shared out among the parameters: "uniform", or "by-use" by 1 / sqrt(how often each is used).
+        stdev_by_use: sigma of a parameter that is used at k places of its layer's output is stdev_init / k^stdev_by_use; 0: one
+            sigma for all.
         control_points: of "pgpe": gradients near the centre that take out of the population's fitness what they predict (see
             ``evocert.searchers.control``): 0, or an even number, with ranking_method "raw", symmetric and a fixed sigma.
         clip_norm, l1: of the methods that follow gradients: the gradient's greatest length, and the weight of the parameters'
@@ -146,7 +147,7 @@ class Experiment:
     train_eps: float | None = None
     batch_size: int = 128
     stdev_learning_rate: float = 0.0
-    stdev_scale: str = "uniform"
+    stdev_by_use: float = 0.0
     optimizer: str | None = "adam"
     optimizer_config: Mapping[str, Any] = field(default_factory=dict)
     ranking_method: str = "raw"
@@ -193,7 +194,6 @@ class Experiment:
         check_choice("bound", self.bound, BOUNDS)
         check_choice("method", self.method, METHODS)
         check_choice("ranking_method", self.ranking_method, RANKINGS)
-        check_choice("stdev_scale", self.stdev_scale, ("uniform", "by-use"))
         check_choice("select", self.select, SELECTIONS)
         check_choice("initialisation", self.initialisation, INITIALISATIONS)
         if not self.data.endswith(".npz"):
@@ -248,6 +248,7 @@ class Experiment:
         clip = self.clip_norm
         check_range(clip is None or 0 < clip < math.inf, "clip_norm", clip, "a finite number over 0, or none")
         check_range(0 <= self.mixture <= 1, "mixture", self.mixture, "0 to 1")
+        check_range(0 <= self.stdev_by_use <= 1, "stdev_by_use", self.stdev_by_use, "0 to 1")
         check_range(0 <= self.averaging < 1, "averaging", self.averaging, "0 or more, less than 1")
         check_range(1 <= self.train_attack_steps < 2**31, "train_attack_steps", self.train_attack_steps, "1 or more")
         for name in ("stdev_init", "stdev_learning_rate", "l1", "weight_decay", "regulariser", "checkpoint_seconds"):

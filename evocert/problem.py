@@ -123,7 +123,8 @@ class CertifiedTraining(Problem):
         if tile is None:
             cost = BOUNDS[bound].cost(self.network, torch.device(device))
             try:
-                tile = choose_tile(cost, self.batch_size, parse_bytes(memory_budget), torch.device(device))
+                budget, together = parse_bytes(memory_budget), num_actors in (None, 0, 1)
+                tile = choose_tile(cost, self.batch_size, budget, torch.device(device), together=together)
             except ValueError as error:
                 raise InputError(str(error)) from error
         self.tile = Tile(*tile)
@@ -243,7 +244,9 @@ class CertifiedTraining(Problem):
         images = minibatch.images.to(parameters.device, parameters.dtype)
         noise = drawn_noise(self._minibatch_seed, minibatch.generation, images)
         inputs = images, minibatch.labels.to(parameters.device), noise
-        tile = self.tile if objective == "certified" else self.tile._replace(members=1)
+        # Gradients are not shared out among actors, whose tiles must be alike: no member is computed in vain.
+        most = min(self.tile.members, len(parameters)) if objective == "certified" else 1
+        tile = self.tile._replace(members=max(most, 1))
         columns, gradients = value_and_gradient(on_tile, self.network, parameters, inputs, tile)
         return columns.mean(1), gradients / len(images)
 

@@ -28,6 +28,8 @@ def test_links_lead_somewhere():
         "docs/bounds.md",
         "docs/certificates.md",
         "docs/decisions.md",
+        "docs/method.md",
+        "docs/results.md",
         "docs/performance.md",
     ):
         text = (ROOT / name).read_text()

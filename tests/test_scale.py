@@ -1,7 +1,5 @@
 """How sigma is shared out: counted by hand, and what searchers make of it."""
 
-import math
-
 import pytest
 import torch
 from torch import nn
@@ -12,7 +10,7 @@ from evocert.experiment import Experiment
 from evocert.modules import Residual
 from evocert.problem import CertifiedTraining
 from evocert.searchers import PGPE, RGS
-from evocert.searchers.scale import STDEV_SCALES, by_use
+from evocert.searchers.scale import by_use, uses
 
 
 def test_weights_count_by_the_places_of_the_output():
@@ -26,26 +24,26 @@ def test_weights_count_by_the_places_of_the_output():
         nn.Flatten(),
         nn.Linear(48, 3),
     ).eval()
-    scale = by_use(read_network(module, (1, 8, 8)))
+    counts = uses(read_network(module, (1, 8, 8)))
     expected = {"0": 64, "1": 64, "3": 64, "4": 12, "7": 1}
     place = 0
     for name, parameter in module.named_parameters():
-        found = scale[place : place + parameter.numel()]
+        found = counts[place : place + parameter.numel()]
         place += parameter.numel()
-        assert found.tolist() == pytest.approx([1 / math.sqrt(expected[name[0]])] * parameter.numel()), name
-    assert place == len(scale)
+        assert found.tolist() == [expected[name[0]]] * parameter.numel(), name
+    assert place == len(counts)
 
 
 @pytest.mark.parametrize("kind", [PGPE, RGS])
 class TestSearchers:
-    def make(self, kind, network, part, name):
+    def make(self, kind, network, part, exponent):
         problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=1)
-        return kind(problem, popsize=2000, stdev_init=0.4, center_learning_rate=1e-9, stdev_scale=name)
+        return kind(problem, popsize=2000, stdev_init=0.4, center_learning_rate=1e-9, stdev_by_use=exponent)
 
-    @pytest.mark.parametrize("name", STDEV_SCALES)
-    def test_sample_by_it(self, kind, network, part, name):
-        searcher = self.make(kind, network, part, name)
-        scale = STDEV_SCALES[name](searcher.problem.network)
+    @pytest.mark.parametrize("exponent", [0.0, 0.25, 0.5])
+    def test_sample_by_it(self, kind, network, part, exponent):
+        searcher = self.make(kind, network, part, exponent)
+        scale = uses(searcher.problem.network) ** -exponent
         for sigma in (0.4, 0.05):  # as it begins, and on a schedule
             searcher.set_stdev(sigma)
             if kind is PGPE:
@@ -58,16 +56,15 @@ class TestSearchers:
             searcher.clear_status()
             assert float(searcher.status["stdev"].max()) == pytest.approx(sigma)
 
-    def test_other_names_are_refused(self, kind, network, part):
-        with pytest.raises(InputError, match="stdev_scale='by_layer': allowed are uniform, by-use"):
-            self.make(kind, network, part, "by_layer")
+    @pytest.mark.parametrize("exponent", [-0.1, 1.5, float("nan")])
+    def test_other_exponents_are_refused(self, kind, network, part, exponent):
+        with pytest.raises(InputError, match=f"stdev_by_use={exponent}: allowed is 0 to 1"):
+            self.make(kind, network, part, exponent)
 
 
-def test_the_names_are_the_setting_s():
-    for name in STDEV_SCALES:
-        Experiment(eps=0.1, generations=1, center_learning_rate=0.1, method="grad", stdev_scale=name)
-    with pytest.raises(InputError, match="stdev_scale='byuse': allowed are uniform, by-use"):
-        Experiment(eps=0.1, generations=1, center_learning_rate=0.1, method="grad", stdev_scale="byuse")
+def test_the_setting_is_refused_likewise():
+    with pytest.raises(InputError, match=r"stdev_by_use=2\.0: allowed is 0 to 1"):
+        Experiment(eps=0.1, generations=1, center_learning_rate=0.1, method="grad", stdev_by_use=2)
 
 
 def test_pgpe_estimates_the_gradient_of_the_loss_that_is_smoothed_so(network, part):
@@ -76,11 +73,11 @@ def test_pgpe_estimates_the_gradient_of_the_loss_that_is_smoothed_so(network, pa
     for points in (0, 2):
         problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=1)
         searcher = PGPE(
-            problem, popsize=20_000, stdev_init=0.02, center_learning_rate=1.0, optimizer=None, stdev_scale="by-use",
+            problem, popsize=20_000, stdev_init=0.02, center_learning_rate=1.0, optimizer=None, stdev_by_use=0.5,
             control_points=points,
         )  # fmt: skip
         searcher.step()
         before = searcher.status["center"].as_subclass(torch.Tensor).double()
         searcher.finish()
-        found[points] = (searcher._distribution.mu.double() - before) / (0.02 * by_use(problem.network)) ** 2
+        found[points] = (searcher._distribution.mu.double() - before) / (0.02 * by_use(problem, 0.5)) ** 2
     assert (found[0] - found[2]).norm() < 0.3 * found[2].norm()

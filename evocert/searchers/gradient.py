@@ -15,7 +15,7 @@ from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
 from evocert.searchers.progress import progress_of, restore_progress
-from evocert.searchers.scale import scale_of
+from evocert.searchers.scale import by_use
 
 
 class Descent(SearchAlgorithm):
@@ -221,7 +221,7 @@ class RGS(Descent):
         popsize: P, even if symmetric.
         stdev_init: sigma, the standard deviation of the parameter noise.
         symmetric: antithetic pairs.
-        stdev_scale: how sigma is shared out, a name in ``scale.STDEV_SCALES``.
+        stdev_by_use: how sigma is shared out: see ``scale.by_use``.
         more: as of ``Descent``.
     """
 
@@ -232,7 +232,7 @@ class RGS(Descent):
         popsize: int,
         stdev_init: float,
         symmetric: bool = True,
-        stdev_scale: str = "uniform",
+        stdev_by_use: float = 0.0,
         **more: Any,
     ) -> None:
         if not 0 < stdev_init < math.inf:
@@ -241,7 +241,7 @@ class RGS(Descent):
             raise InputError(f"popsize={popsize}: allowed is 1 or more, with symmetric=true an even number")
         super().__init__(problem, **more)
         self._popsize, self._symmetric = popsize, symmetric
-        self._scale = scale_of(problem, stdev_scale)
+        self._scale = by_use(problem, stdev_by_use)
         self._stdev = stdev_init * self._scale
 
     @classmethod
@@ -251,7 +251,7 @@ class RGS(Descent):
             "popsize": experiment.popsize,
             "stdev_init": experiment.stdev_init,
             "symmetric": experiment.symmetric,
-            "stdev_scale": experiment.stdev_scale,
+            "stdev_by_use": experiment.stdev_by_use,
         }
 
     @classmethod

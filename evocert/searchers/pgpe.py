@@ -17,7 +17,7 @@ from evocert.searchers.clock import Clock
 from evocert.searchers.control import ControlVariate
 from evocert.searchers.gaussian import FixedGaussian, FixedSymmetricGaussian
 from evocert.searchers.progress import progress_of, restore_progress
-from evocert.searchers.scale import scale_of
+from evocert.searchers.scale import by_use
 
 
 class PGPE(EvoTorchPGPE):
@@ -51,7 +51,7 @@ class PGPE(EvoTorchPGPE):
         control_points: gradients that serve as a control variate (``ControlVariate``): 0, or an even number, with "raw", pairs,
             a fixed sigma and no distributed mode.
         weight_decay: share of the centre that a step of length 1 takes away, whatever the gradient; not in distributed mode.
-        stdev_scale: how sigma is shared out, a name in ``scale.STDEV_SCALES``.
+        stdev_by_use: how sigma is shared out: see ``scale.by_use``.
         more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
 
     Raises:
@@ -77,7 +77,7 @@ class PGPE(EvoTorchPGPE):
         symmetric: bool = True,
         control_points: int = 0,
         weight_decay: float = 0.0,
-        stdev_scale: str = "uniform",
+        stdev_by_use: float = 0.0,
         **more: Any,
     ) -> None:
         if "num_interactions" in more or "popsize_max" in more:
@@ -98,7 +98,7 @@ class PGPE(EvoTorchPGPE):
             raise InputError(
                 f"weight_decay={weight_decay}: allowed is a finite number, 0 or more, and 0 if distributed"
             )
-        self._scale = scale_of(problem, stdev_scale)
+        self._scale = by_use(problem, stdev_by_use)
         if optimizer == "adam":
             optimizer_config = {"epsilon": 1e-12, **(optimizer_config or {})}
         super().__init__(
@@ -141,7 +141,7 @@ class PGPE(EvoTorchPGPE):
             symmetric=experiment.symmetric,
             control_points=experiment.control_points,
             weight_decay=experiment.weight_decay,
-            stdev_scale=experiment.stdev_scale,
+            stdev_by_use=experiment.stdev_by_use,
         )
 
     @classmethod

@@ -1,7 +1,7 @@
-"""How sigma is shared out among the parameters. A new way is one function and one line in ``STDEV_SCALES``."""
+"""How sigma is shared out among the parameters."""
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 from evotorch import Problem
@@ -9,41 +9,37 @@ from torch import Tensor
 
 from evocert.bounds import Layer, Network
 from evocert.bounds.layers import Residual, Slot
-from evocert.settings import check_choice
+from evocert.errors import InputError
 
 
-def uniform(network: Network) -> Tensor:
-    """The same for all, as in arXiv:2403.07095."""
-    return torch.ones(network.num_parameters)
+def by_use(problem: Problem, exponent: float) -> Tensor:
+    """Factors on sigma, ``1 / uses^exponent``: a convolution uses a weight at every place of its output, a linear layer once.
 
+    Noise of a shared weight adds up over its places. At one sigma for all (exponent 0, as in arXiv:2403.07095) it is the
+    convolutions' noise that bends the loss, and that hides from PGPE what the far more numerous weights of linear layers do.
 
-def by_use(network: Network) -> Tensor:
-    """``1 / sqrt(uses)``: a convolution's weights are used at every place of its output, a linear layer's once.
+    Returns:
+        ``[D]``, or ``[1]`` where all are alike; on the problem's device, in its dtype.
 
-    Noise of a shared weight adds up over its places. At one sigma for all it is the convolutions' noise that bends the loss,
-    and that hides what the far more numerous weights of linear layers do.
+    Raises:
+        InputError: an exponent outside [0, 1].
     """
-    scale = torch.ones(network.num_parameters)
+    if not 0 <= exponent <= 1:
+        raise InputError(f"stdev_by_use={exponent}: allowed is 0 to 1")
+    ones = torch.ones(1, dtype=problem.dtype, device=problem.device)
+    return uses(problem.network).to(ones) ** -exponent if exponent else ones
+
+
+def uses(network: Network) -> Tensor:
+    """At how many places of its layer's output each parameter is used: ``[D]``."""
+    counts = torch.ones(network.num_parameters)
     for layer in _layers(network.layers):
         for slot in vars(layer).values():
             if isinstance(slot, Slot):
-                uses = math.prod(layer.output_shape) / slot.shape[0]
-                scale[slot.offset : slot.offset + math.prod(slot.shape)] = uses**-0.5
-    return scale
-
-
-STDEV_SCALES: dict[str, Callable[[Network], Tensor]] = {"uniform": uniform, "by-use": by_use}
-
-
-def scale_of(problem: Problem, name: str) -> Tensor:
-    """A way's factors on sigma: ``[D]``, or ``[1]`` where all are alike; on the problem's device, in its dtype.
-
-    Raises:
-        InputError: no such way.
-    """
-    check_choice("stdev_scale", name, STDEV_SCALES)
-    ones = torch.ones(1, dtype=problem.dtype, device=problem.device)
-    return ones if name == "uniform" else STDEV_SCALES[name](problem.network).to(ones)
+                counts[slot.offset : slot.offset + math.prod(slot.shape)] = (
+                    math.prod(layer.output_shape) / slot.shape[0]
+                )
+    return counts
 
 
 def _layers(layers: Sequence[Layer]) -> Iterator[Layer]:
