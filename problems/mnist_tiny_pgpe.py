@@ -10,10 +10,10 @@ import mnist_tiny
 experiment = dataclasses.replace(
     mnist_tiny.experiment,
     method="pgpe",
-    popsize=64,  # 32 pairs; with half of them IBP lost three points of certified accuracy
+    popsize=64,  # 32 pairs
     batch_size=16,  # the noise to beat is in the directions, not in the images: 32 x 32 and 16 x 64 did far worse
     control_points=4,  # gradients cost little at so few images, and take nearly all noise out of the differences
     stdev_init=0.01,  # sigma of the last layer's weights ...
-    stdev_by_use=0.5,  # ... a fourteenth of it of the first convolution's, a seventh of the second's
+    stdev_by_use=0.25,  # ... 0.27 of it of the first convolution's, 0.38 of the second's: about 0.003, as in the rgs rows
     center_learning_rate=0.01,  # Adam
 )
