@@ -83,7 +83,7 @@ class Parts:
         if stage is self.stage:
             return
         before = self.searcher
-        networks.with_parameters(self.module, before.status["center"].as_subclass(Tensor).detach())
+        networks.with_parameters(self.module, before.status["center"].as_subclass(Tensor).detach().cpu())
         if self.problem.actors is not None:
             self.problem.kill_actors()
         self.stage = stage

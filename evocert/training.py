@@ -12,7 +12,7 @@ from evotorch.logging import Logger
 from torch import Tensor
 
 from evocert import bounds, config, evaluation, networks
-from evocert.averaging import CentreAverage
+from evocert.centres import CentreAverage, Selection
 from evocert.display import Display
 from evocert.errors import InputError
 from evocert.experiment import Experiment
@@ -119,12 +119,11 @@ def _train(
 ) -> dict[str, Any]:
     """The loop. ``state`` is the checkpoint to go on from, which the searcher has loaded, or None."""
     experiment, last = parts.experiment, parts.stages[-1].end
-    done, seconds, trained, worse = 0, 0.0, False, 0
-    best: dict[str, Any] | None = None
-    average = CentreAverage(experiment.averaging)
+    done, seconds, trained = 0, 0.0, False
+    average, selection = CentreAverage(experiment.averaging), Selection(experiment.patience)
     if state is not None:
-        done, seconds, best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
-        worse = state.get("worse", 0)
+        done, seconds, selection.best, trained = (state[key] for key in ("generation", "seconds", "best", "trained"))
+        selection.worse = state.get("worse", 0)
         if "average_state" in state:
             average.load_state_dict(state["average_state"], _centre(parts))
     run.open_metrics(done, warn)
@@ -149,29 +148,22 @@ def _train(
                 # At equal distances, as nearly as whole generations allow, and at the end.
                 if done * experiment.validations // last > (done - 1) * experiment.validations // last or done == last:
                     validated = _validate(parts, run, done, average, display)
-                    if parts.in_last_stage and (best is None or validated["certified"] >= best["certified"]):
-                        # Of equal ones the later, whose eps has come further; but it is no progress.
-                        worse = 0 if best is None or validated["certified"] > best["certified"] else worse + 1
-                        best = validated
-                    elif parts.in_last_stage:
-                        worse += 1
-                    if experiment.eps_schedule(stage.fraction(done)) != experiment.eps_schedule(1.0):
-                        worse = 0  # what a smaller eps has trained may be better for a while
-                trained = done == last or (parts.in_last_stage and 0 < experiment.patience <= worse)
+                    if parts.in_last_stage:
+                        settled = experiment.eps_schedule(stage.fraction(done)) == experiment.eps_schedule(1.0)
+                        selection.consider(validated, settled=settled)
+                trained = done == last or selection.exhausted
                 if trained and done < last:
                     searcher.finish()
-                    display.say(
-                        f"stopped at generation {done}: {worse} validations in a row were no better than the best"
-                    )
+                    display.say(f"stopped at generation {done}: {selection.worse} validations in a row were no better")
                 now = time.monotonic()
                 seconds, lap = seconds + now - lap, now
                 if trained or interrupted or now - saved >= experiment.checkpoint_seconds:
                     snapshot = {
                         "generation": done,
                         "seconds": seconds,
-                        "best": best,
+                        "best": selection.best,
                         "trained": trained,
-                        "worse": worse,
+                        "worse": selection.worse,
                         "searcher": searcher.state_dict(),
                         **_averaged(experiment, average),
                         "loggers": kept_rows(loggers),

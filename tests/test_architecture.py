@@ -31,7 +31,7 @@ LAYERS = [
         "display",
     },
     {"experiment", "user_files", "problem_files", "problem", "searchers", "evaluation", "runs", "logging"},
-    {"parts", "config", "averaging"},
+    {"parts", "config", "centres"},
     {"finished"},
     {"certify", "export", "compare", "plots"},
     {"training", "bench", "sweep"},

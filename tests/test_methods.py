@@ -1,14 +1,17 @@
 """The table of methods: names, what an experiment's settings come to, and what is refused."""
 
+import dataclasses
+
 import pytest
 from toys import Toy, quadratic
 
 from evocert import searchers
+from evocert.bounds import BOUNDS
 from evocert.errors import InputError
 from evocert.experiment import Experiment
 from evocert.objectives import OBJECTIVES
 from evocert.problem import CertifiedTraining
-from evocert.searchers import METHODS, PGPE, RGS, SABR, Grad, method
+from evocert.searchers import BY_GRADIENT, METHODS, PGPE, RGS, SABR, Grad, method
 
 EPS = 0.03
 FOLLOWING = [name for name in METHODS if name != "pgpe"]
@@ -58,6 +61,31 @@ class TestMethods:
         group = searcher.optimizer.param_groups[0]
         assert (group["lr"], group["momentum"]) == (0.3, 0.25)
         assert (searcher._clip_norm, searcher._l1, searcher._weight_decay) == (2.5, 0.1, 0.02)
+
+
+class TestBoundsWithoutGradients:
+    @pytest.fixture(autouse=True)
+    def stepped(self, monkeypatch):
+        monkeypatch.setitem(BOUNDS, "stepped", dataclasses.replace(BOUNDS["ibp"], differentiable=False))
+
+    @pytest.mark.parametrize("name", BY_GRADIENT)
+    def test_are_refused_by_methods_that_follow_them(self, name):
+        message = f"method='{name}': allowed is pgpe, sabr, .*standard, with bound=stepped, which has no gradient"
+        with pytest.raises(InputError, match=message):
+            Experiment(eps=EPS, generations=1, center_learning_rate=0.1, stdev_init=0.1, method=name, bound="stepped")
+
+    def test_have_no_control_variate(self):
+        settings = {"eps": EPS, "generations": 1, "center_learning_rate": 0.1, "stdev_init": 0.1, "bound": "stepped"}
+        Experiment(**settings)
+        with pytest.raises(
+            InputError, match="control_points=2: allowed is 0, with bound=stepped, which has no gradient"
+        ):
+            Experiment(**settings, control_points=2)
+
+    def test_are_refused_in_stages_too(self):
+        stage = {"method": "grad", "bound": "stepped"}
+        with pytest.raises(InputError, match="stage 1: method='grad': allowed is pgpe"):
+            Experiment(eps=EPS, generations=1, center_learning_rate=0.1, stdev_init=0.1, stages=[stage])
 
 
 @pytest.mark.parametrize(

@@ -15,9 +15,9 @@ import pytest
 import torch
 
 from evocert import networks, training
-from evocert.averaging import CentreAverage
 from evocert.bounds import BOUNDS, read_network
 from evocert.bounds.tiles import LANES
+from evocert.centres import CentreAverage, Selection
 from evocert.data import channel_statistics, load
 from evocert.display import Silent
 from evocert.errors import InputError
@@ -781,6 +781,16 @@ class TestAveraging:
 
 
 class TestPatience:
+    def test_counts_since_the_last_that_was_better(self):
+        selection = Selection(patience=2)
+        counts = []
+        for certified, settled in [(0.5, False), (0.4, False), (0.5, True), (0.6, True), (0.6, True), (0.1, True)]:
+            selection.consider({"certified": certified, "settled": settled}, settled=settled)
+            counts.append((selection.worse, selection.exhausted))
+        assert counts == [(0, False), (0, False), (1, False), (0, False), (1, False), (2, True)]
+        assert selection.best == {"certified": 0.6, "settled": True}
+        assert not Selection(patience=0).exhausted
+
     def test_ends_a_run_that_gets_no_better(self, problem, tmp_path, capsys):
         """With a step so small that nothing changes, all validations are alike; those while eps rises do not count."""
         settings = ["generations=40", "validations=20", "center_learning_rate=1e-12", "patience=3", "method=grad"]
