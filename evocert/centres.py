@@ -8,7 +8,7 @@ from torch import Tensor
 class CentreAverage:
     """An exponential moving average of the centre: what noisy steps have in common.
 
-    Weighs the centre after g generations by ``decay^(G - g)``; the weights are made to sum to 1, so that no start counts.
+    Weighs the centre that generation g of G reports by ``decay^(G - g)``; the weights are made to sum to 1.
 
     Polyak and Juditsky 1992; the correction of the start as in Adam, arXiv:1412.6980, section 3.
 

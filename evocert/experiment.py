@@ -67,7 +67,7 @@ class AttackSettings:
 
 @dataclass(frozen=True, kw_only=True)
 class Experiment:
-    """One training run. Every attribute is a setting of the command line's ``--set``.
+    """One training run. Every attribute that can be written as text is a setting of the command line's ``--set``.
 
     Attributes:
         data: a name in ``evocert.data.DATASETS`` ("npz" with ``data_path``), or the path of an ``.npz`` file.
@@ -95,7 +95,8 @@ class Experiment:
             ``evocert.searchers.control``): 0, or an even number, with ranking_method "raw", symmetric and a fixed sigma.
         clip_norm, l1: of the methods that follow gradients: the gradient's greatest length, and the weight of the parameters'
             absolute values in the loss.
-        weight_decay: share of the parameters that a step of length 1 takes away (Loshchilov and Hutter 2019, arXiv:1711.05101).
+        weight_decay: share of the parameters that an update at a learning rate of 1 takes away beside its step (Loshchilov and
+            Hutter 2019, arXiv:1711.05101).
         regulariser: of the methods that follow gradients: weight of ``evocert.regularisers.shi`` in the loss while eps rises;
             it falls to 0 as eps reaches its last value.
         mixture: of "sabr" the share of eps that is the small box's radius; of "mtl-ibp", "cc-ibp" and "exp-ibp" the weight of
@@ -327,14 +328,19 @@ class Experiment:
             for name in stage:
                 check_choice(f"a setting of stage {number}", str(name), STAGED)
             try:
-                dataclasses.replace(self, stages=(), **stage)
+                self._with(stage)
             except InputError as error:
                 raise InputError(f"stage {number}: {error}") from error
 
     @property
     def course(self) -> "list[Experiment]":
         """The stages, each as an experiment of its own; the last is this one."""
-        return [dataclasses.replace(self, stages=(), **stage) for stage in (*self.stages, {})]
+        return [self._with(stage) for stage in (*self.stages, {})]
+
+    def _with(self, stage: Mapping[str, Any]) -> "Experiment":
+        """Another stage's. Only PGPE shares its work out among actors."""
+        actors = self.num_actors if stage.get("method", self.method) == "pgpe" else 0
+        return dataclasses.replace(self, **{"stages": (), "num_actors": actors if stage else self.num_actors, **stage})
 
     @property
     def total_generations(self) -> int:

@@ -21,6 +21,7 @@ from evocert.memory import parse_bytes
 from evocert.problem import CertifiedTraining
 from evocert.runs import Run, warn
 
+_STEP_OF_SEEDS = 0x9E3779B97F4A7C15  # between those of a run's stages: no run's own seed is likely to meet it
 CALIBRATION_IMAGES = 512  # whose statistics batch normalisations are given
 
 
@@ -86,7 +87,13 @@ class Parts:
         networks.with_parameters(self.module, before.status["center"].as_subclass(Tensor).detach().cpu())
         if self.problem.actors is not None:
             self.problem.kill_actors()
+        counted = self.problem.nonfinite_evals
         self.stage = stage
+        # Its noise must not be that of the stage before, of which the centre is made; and a checkpoint that was refused may
+        # have left its traces.
+        self.problem.manual_seed((self.experiment.seed + stage.number * _STEP_OF_SEEDS) % 2**63)
+        self.problem.generation, self.problem.stalled_generations = stage.first, 0
+        self.problem.nonfinite_evals = counted
         self.searcher = self._searcher()
         self.searcher._steps_count = stage.first
         for name in ("before_step_hook", "after_step_hook", "log_hook", "end_of_run_hook"):
@@ -282,7 +289,8 @@ def _warm_start(path: Path, module: nn.Module) -> _Start:
     if state is None or state["best"] is None:
         raise InputError(f"init_from={path}: that run has no validated checkpoint yet")
     here = networks.layers(module)
-    for there, own in itertools.zip_longest(config.get("layers", here), here, fillvalue="none"):
+    recorded = config.get("layers")
+    for there, own in itertools.zip_longest(recorded if isinstance(recorded, list) else here, here, fillvalue="none"):
         if there != own:
             raise InputError(
                 f"init_from={path}: the first layer that differs is there {there}, here {own}: allowed is the same network"

@@ -8,6 +8,7 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
 from evotorch.logging import Logger
 from torch import Tensor
 
@@ -141,10 +142,13 @@ def _train(
                 searcher.step()
                 done += 1
                 _log_generation(parts, run, done, time.perf_counter() - step_began, display)
+                reported = _centre(parts)
+                if parts.in_last_stage:
+                    average.add(reported)
                 if done == stage.end:
                     searcher.finish()
-                if parts.in_last_stage:
-                    average.add(_centre(parts))
+                    if parts.in_last_stage and not torch.equal(_centre(parts), reported):  # an update that was pending
+                        average.add(_centre(parts))
                 # At equal distances, as nearly as whole generations allow, and at the end.
                 if done * experiment.validations // last > (done - 1) * experiment.validations // last or done == last:
                     validated = _validate(parts, run, done, average, display)
@@ -152,8 +156,7 @@ def _train(
                         settled = experiment.eps_schedule(stage.fraction(done)) == experiment.eps_schedule(1.0)
                         selection.consider(validated, settled=settled)
                 trained = done == last or selection.exhausted
-                if trained and done < last:
-                    searcher.finish()
+                if trained and done < last:  # what is handed over is what was validated: no pending update is applied
                     display.say(f"stopped at generation {done}: {selection.worse} validations in a row were no better")
                 now = time.monotonic()
                 seconds, lap = seconds + now - lap, now

@@ -2,7 +2,8 @@
 
     evocert run problems/mnist_tiny.py
 
-Each row of the study has a file of its own, problems/mnist_tiny_METHOD_BOUND.py, that changes the method and the bound alone.
+Each row of the study has a file of its own, problems/mnist_tiny_METHOD.py for IBP and problems/mnist_tiny_METHOD_BOUND.py for
+tighter bounds, which changes what belongs to the method and the bound.
 """
 
 import evocert

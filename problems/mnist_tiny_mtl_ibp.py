@@ -1,4 +1,4 @@
-"""MNIST at eps = 0.1, CNN3-tiny: MTL-IBP (arXiv:2305.13991), on the same budget of images as the smoothed rows.
+"""MNIST at eps = 0.1, CNN3-tiny: MTL-IBP (arXiv:2305.13991), on the same images as the grad and rgs rows.
 
 evocert sweep problems/mnist_tiny_mtl_ibp.py --grid mixture=0.02,0.5 --seeds 0,1,2 --out runs/mnist_tiny_mtl_ibp
 """

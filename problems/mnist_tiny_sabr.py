@@ -1,4 +1,4 @@
-"""MNIST at eps = 0.1, CNN3-tiny: SABR (arXiv:2210.04871), on the same budget of images as the smoothed rows.
+"""MNIST at eps = 0.1, CNN3-tiny: SABR (arXiv:2210.04871), on the same images as the grad and rgs rows.
 
 evocert sweep problems/mnist_tiny_sabr.py --grid mixture=0.4 --seeds 0,1,2 --out runs/mnist_tiny_sabr
 """

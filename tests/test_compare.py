@@ -117,6 +117,15 @@ class TestRows:
         (row,) = compare(folders[:1]).rows
         assert row.generations == "4"
 
+    def test_what_was_wanted_is_told_where_it_is_all_that_differs(self, run):
+        folders = [run("a", generations=40), run("b", generations=80)]
+        for folder in folders:
+            results = json.loads((folder / "results.json").read_text())
+            write(folder / "results.json", {**results, "generations": 4})
+        comparison = compare(folders)
+        assert [row.differs for row in comparison.rows] == [{"generations": 40}, {"generations": 80}]
+        assert json.loads(as_json(comparison))["rows"][0]["generations"] == 4
+
     def test_losses_are_counted_where_all_seeds_have_counts(self, run):
         folders = [run(f"r{seed}", seed=seed) for seed in range(2)]
         for folder, values in zip(folders, (2_000_000, 1_000_000), strict=True):

@@ -1,5 +1,6 @@
 """What the sampling searchers follow and find: their steps against the analytic gradient of smoothed losses, their minima."""
 
+import itertools
 import math
 
 import pytest
@@ -128,6 +129,24 @@ def test_a_control_variate_saves_most_samples_where_the_loss_is_nearly_linear():
     mean, _ = mean_and_error(found[2])
     exact = weights * torch.sigmoid(0.1 * weights.sum() - 2)
     assert (mean - exact).norm() < 0.05 * exact.norm()
+
+
+def test_a_control_variate_stays_in_bounds_where_gradients_say_little():
+    """Steps with hardly a slope between them, then an ordinary one: what was fitted to the steps must not be believed."""
+
+    def stairs(y):
+        return torch.where(y > 0, (50 * y).floor() / 50 + 1e-6 * y, y)
+
+    searcher = PGPE(
+        Toy(on_parameter(stairs), 1, start=[0.05], seed=2),
+        popsize=20, stdev_init=0.01, center_learning_rate=30.0, optimizer=None, control_points=2,
+    )  # fmt: skip
+    centres = []
+    for _ in range(40):
+        searcher.step()
+        centres.append(float(searcher.status["center"]))
+    assert centres[-1] < -0.02  # it came down all stairs
+    assert max(abs(a - b) for a, b in itertools.pairwise(centres)) < 0.03
 
 
 # The minima of the smoothed losses, from their closed forms.

@@ -45,7 +45,7 @@ def test_every_file_says_how_it_is_run(path):
 
 @pytest.mark.parametrize("method", ["grad", "rgs", "pgpe"])
 def test_rows_of_the_study_differ_by_their_bound_alone(method):
-    """And all start at the same weights, see the same images, and have as many generations."""
+    """Within a method: all start at the same weights, see the same images, and have as many generations."""
     rows = {}
     for bound in ("ibp", "crown-ibp", "deeppoly"):
         name = f"mnist_tiny_{method}" + ("" if bound == "ibp" else f"_{bound.replace('-', '_')}")

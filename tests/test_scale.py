@@ -10,7 +10,7 @@ from evocert.experiment import Experiment
 from evocert.modules import Residual
 from evocert.problem import CertifiedTraining
 from evocert.searchers import PGPE, RGS
-from evocert.searchers.scale import by_use, uses
+from evocert.searchers.scale import uses
 
 
 def test_weights_count_by_the_places_of_the_output():
@@ -68,7 +68,7 @@ def test_the_setting_is_refused_likewise():
 
 
 def test_pgpe_estimates_the_gradient_of_the_loss_that_is_smoothed_so(network, part):
-    """With a control variate and without, to rounding of many samples: sigma^2 in its step is each parameter's own."""
+    """With a control variate and without: times sigma^2, with one sigma for all, as RGS finds it."""
     found = {}
     for points in (0, 2):
         problem = CertifiedTraining(network, part, eps=0.02, batch_size=8, seed=1)
@@ -79,5 +79,12 @@ def test_pgpe_estimates_the_gradient_of_the_loss_that_is_smoothed_so(network, pa
         searcher.step()
         before = searcher.status["center"].as_subclass(torch.Tensor).double()
         searcher.finish()
-        found[points] = (searcher._distribution.mu.double() - before) / (0.02 * by_use(problem, 0.5)) ** 2
+        found[points] = (searcher._distribution.mu.double() - before) / 0.02**2
+        searcher = RGS(
+            problem, popsize=2000, stdev_init=0.02, center_learning_rate=1.0, optimizer=None, stdev_by_use=0.5
+        )
+        problem.generation = 0
+        gradients = problem.value_and_gradient(searcher._points(), 0)[1].double()
+        found["rgs"] = -gradients.mean(0)
     assert (found[0] - found[2]).norm() < 0.3 * found[2].norm()
+    assert (found["rgs"] - found[2]).norm() < 0.1 * found[2].norm()  # and so in every layer by one factor

@@ -1,5 +1,6 @@
 """A whole run: records, determinism, and continuing after every way of being stopped."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -14,7 +15,7 @@ import onnxruntime
 import pytest
 import torch
 
-from evocert import networks, training
+from evocert import evaluation, networks, training
 from evocert.bounds import BOUNDS, read_network
 from evocert.bounds.tiles import LANES
 from evocert.centres import CentreAverage, Selection
@@ -694,7 +695,8 @@ class TestStages:
         assert [row["sigma"] for row in found[4:6]] == [0, pytest.approx(0.001)]
         results = json.loads((tmp_path / "all" / "results.json").read_text())
         assert results["generations"] == 15
-        assert results["evaluations"] == {"values": 6 * 8 * 4, "gradients": 5 * 16 + 4 * 8 * 4 + 6 * 8 * 2}
+        attacked = 5 * 16 * (2 + 1)  # by two steps, and then once more
+        assert results["evaluations"] == {"values": 6 * 8 * 4, "gradients": attacked + 4 * 8 * 4 + 6 * 8 * 2}
         config = json.loads((tmp_path / "all" / "config.json").read_text())
         assert len(config["stage_tiles"]) == 2
         table = (tmp_path / "all" / "pandas.csv").read_text().splitlines()
@@ -725,6 +727,22 @@ class TestStages:
         assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
         assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
 
+    def test_draw_noise_of_their_own(self, problem):
+        loaded = load_problem(problem, [])
+        stages = [{"method": "rgs"}, {}]
+        parts = training.build(dataclasses.replace(loaded.experiment, stages=stages))
+        drawn = []
+        for stage in parts.stages:
+            parts.enter(stage)
+            drawn.append(torch.empty(100).normal_(generator=parts.problem.generator))
+        assert len({tuple(noise.tolist()) for noise in drawn}) == 3
+        alone = training.build(loaded.experiment)  # a run without stages draws what it always drew
+        assert torch.equal(torch.empty(100).normal_(generator=alone.problem.generator), drawn[0])
+
+    def test_by_gradients_need_no_actors_where_evolution_has_them(self, problem):
+        experiment = dataclasses.replace(load_problem(problem, []).experiment, num_actors=2, stages=[{"method": "pgd"}])
+        assert [stage.num_actors for stage in experiment.course] == [0, 2]
+
     def test_the_best_is_of_the_last(self, staged, tmp_path):
         start(staged, ["validations=15"], tmp_path / "run", Silent())
         assert checkpoint(tmp_path / "run")["best"]["generation"] > 9
@@ -749,6 +767,9 @@ class TestStages:
         assert not (tmp_path / "run").exists()
 
 
+ADD = CentreAverage.add
+
+
 class TestAveraging:
     def test_is_what_is_validated_and_handed_over(self, problem, tmp_path):
         """Of few generations almost equally weighted: half way between the first and the last, as the searcher goes."""
@@ -771,6 +792,17 @@ class TestAveraging:
             start(problem, ["averaging=0.8"], tmp_path / "cut", _Stopping(7, _kill))
         resume(tmp_path / "cut", Silent())
         assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+
+    def test_takes_in_every_centre_of_pgpe(self, problem, tmp_path, monkeypatch):
+        """Which reports the one that was evaluated, and has one more in the end."""
+        seen = []
+        monkeypatch.setattr(CentreAverage, "add", lambda self, centre: seen.append(centre) or ADD(self, centre))
+        start(problem, ["averaging=0.5", "select=last"], tmp_path / "run", Silent())
+        assert len(seen) == 12 + 1
+        assert torch.equal(seen[-1], checkpoint(tmp_path / "run")["searcher"]["mu"])
+        steps = torch.stack(seen).diff(dim=0).abs().amax(1)
+        assert (steps[1:] > 0).all()
+        assert steps.max() < 2 * steps[:3].max()  # none was left out
 
     def test_weighs_by_age(self):
         average = CentreAverage(0.5)
@@ -800,6 +832,19 @@ class TestPatience:
         results = outcome(tmp_path / "run")
         assert results["generations"] == 24
         assert results["evaluations"] == {"values": 0, "gradients": 24 * 8}
+
+    def test_hands_over_what_it_validated(self, problem, tmp_path):
+        """No update that was pending when it stopped."""
+        settings = ["generations=40", "validations=20", "eps_schedule.shape=constant", "patience=1", "select=last"]
+        start(problem, [*settings, "center_learning_rate=0.3"], tmp_path / "run", Silent())
+        state = checkpoint(tmp_path / "run")
+        assert state["generation"] < 40
+        parts = training.build(load_problem(tmp_path / "run" / "problem.py", settings).experiment)
+        natural, certified = evaluation.validate(
+            parts.problem.network, state["searcher"]["mu"], parts.data.validation, 0.02, "ibp", 2**30
+        )
+        last = [row for row in rows(tmp_path / "run") if row["event"] == "validation"][-1]
+        assert (last["natural"], last["certified"]) == (natural, certified)
 
     def test_lets_a_run_go_on_that_gets_better(self, problem, tmp_path):
         start(problem, ["patience=20", "validations=12"], tmp_path / "run", Silent())

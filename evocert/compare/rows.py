@@ -160,8 +160,11 @@ def _differing(runs: Sequence[RunRecord]) -> dict[str, list[str]]:
     """For each problem, the settings that not all of its runs share, but for those that every table has a place for."""
     found = {}
     for problem in {run.problem for run in runs}:
-        own = [run.settings for run in runs if run.problem == problem]
-        names = dict.fromkeys(name for settings in own for name in settings if name not in OWN)
+        alike = [run for run in runs if run.problem == problem]
+        own = [run.settings for run in alike]
+        # What was trained has a place in every table; what was wanted is shown where it is all that differs.
+        seen = OWN if len({run.generations for run in alike}) > 1 else OWN[:-1]
+        names = dict.fromkeys(name for settings in own for name in settings if name not in seen)
         found[problem] = [name for name in names if len({repr(settings.get(name, "")) for settings in own}) > 1]
     return found
 

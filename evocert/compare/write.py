@@ -120,7 +120,7 @@ def as_json(comparison: Comparison) -> str:
             "eps": row.first.eps,
             "data": row.first.data,
             "examples": row.first.examples,
-            "generations": row.generations,
+            "generations": int(row.generations) if row.generations.isdecimal() else row.generations,
             "settings": row.differs,
             "seeds": row.seeds,
             "runs": [str(run.path) for run in row.runs],

@@ -1,4 +1,4 @@
-"""Gradients at a few points near the centre as a control variate of PGPE: the same expectation, far less variance."""
+"""Gradients at a few points near the centre as a control variate of PGPE: the same expectation, less variance."""
 
 import math
 from typing import Any
@@ -9,6 +9,8 @@ from torch import Tensor
 from evocert.problem import CertifiedTraining
 
 MEMORY = 0.9  # of the regression, from one generation to the next
+# A coefficient that was fitted where the gradient said little would let one that says much overthrow the centre.
+LARGEST = 2.0
 
 
 class ControlVariate:
@@ -22,7 +24,8 @@ class ControlVariate:
     is that of what ``a`` does not predict (control variates: Glasserman 2003, Monte Carlo Methods in Financial Engineering,
     section 4.1). Here ``a`` is the mean gradient at points ``mu +- delta'`` with noise of their own, that is an estimate of
     randomised gradient smoothing: at the centre itself, neurons that are proved dead there hide what noise would wake. ``c``
-    is the coefficient of the least-squares fit to the generations before, each counting ``MEMORY`` times the next; 1 at first.
+    is the coefficient of the least-squares fit to the generations before, each counting ``MEMORY`` times the next, kept within
+    0 and ``LARGEST``; 1 at first. Where the gradient predicts little, as of a loss that is all jumps, it saves nothing.
 
     Args:
         points: how many gradients, in antithetic pairs: even, 2 or more.
@@ -48,7 +51,7 @@ class ControlVariate:
         if self._gradient is None:
             return fitness
         dot, square = self._products
-        self._coefficient = dot / square if square > 0 and math.isfinite(dot) else 1.0
+        self._coefficient = min(max(dot / square, 0.0), LARGEST) if square > 0 and math.isfinite(dot) else 1.0
         predicted = samples @ self._gradient
         differences = [(each[0::2] - each[1::2]) / 2 for each in (fitness, predicted)]
         products = float(differences[0] @ differences[1]), float(differences[1] @ differences[1])

@@ -108,8 +108,10 @@ class Descent(SearchAlgorithm):
 
     @classmethod
     def members(cls, experiment: Experiment) -> tuple[int, int]:
-        """How many points a generation evaluates, without and with gradients."""
-        return 0, 1
+        """How many losses a generation takes of each image, without and with gradients, those of attacks included."""
+        attacking = cls.objective not in ("certified", "standard")
+        mixing = cls.objective in ("mtl-ibp", "cc-ibp", "exp-ibp")
+        return 0, 1 + attacking * experiment.train_attack_steps + mixing
 
     # The status. Methods, not lambdas: searchers can be pickled.
 

@@ -146,7 +146,7 @@ class PGPE(EvoTorchPGPE):
 
     @classmethod
     def members(cls, experiment: Experiment) -> tuple[int, int]:
-        """How many points a generation evaluates, without and with gradients."""
+        """How many losses a generation takes of each image, without and with gradients."""
         return experiment.popsize, experiment.control_points
 
     def _step_non_distributed(self) -> None:
@@ -188,6 +188,8 @@ class PGPE(EvoTorchPGPE):
         )
         if self._control is not None and self._drawn_from is not None:
             gradients["mu"] = self._control.restored(gradients["mu"], self._drawn_from[1])
+        if len(self._scale) > 1:  # sigma^2 times the textbook estimate, with one sigma for all: no preconditioner
+            gradients["mu"] = gradients["mu"] / self._scale**2
         if self._weight_decay:
             kept = 1 - self._rate * self._weight_decay
             self._distribution = self._distribution.modified_copy(mu=kept * self._distribution.mu)
