@@ -3,12 +3,14 @@
 import contextlib
 import os
 import signal
+import threading
 import time
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, resource_tracker
 from types import TracebackType
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -105,13 +107,26 @@ def _rounded(point: Tensor, box: Box) -> Tensor:
 
 @contextlib.contextmanager
 def _without_interrupts() -> Iterator[None]:
-    """Ctrl-C is the parent's affair: a process that is made in here never sees it, not even while it imports torch."""
+    """Ctrl-C is the parent's affair: a process that is made in here never sees it, not even while it imports torch.
+
+    Nor is the parent stopped in here, which would leave a process half made, with a traceback: it is told at the end. The mask
+    is not enough for that, as a thread of torch's may take the signal, and Python's handler then runs in the main thread.
+    """
     resource_tracker.ensure_running()  # which would undo the mask
+    noted: list[Any] = []
+    handler = signal.getsignal(signal.SIGINT)
+    deferring = callable(handler) and threading.current_thread() is threading.main_thread()
+    if deferring:
+        signal.signal(signal.SIGINT, lambda *arguments: noted.append(arguments))
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        if deferring:
+            signal.signal(signal.SIGINT, handler)
+    if noted and callable(handler):
+        handler(*noted[0])
 
 
 _members: Members

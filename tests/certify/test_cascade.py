@@ -7,6 +7,7 @@ import os
 import signal
 import subprocess
 import sys
+import threading
 import time
 from collections import Counter
 
@@ -478,3 +479,26 @@ def test_ctrl_c_says_how_to_go_on(run_folder, workers):
     assert "of 350 examples are on record in" in err
     assert "the same command goes on" in err
     assert not (run_folder / ".certify.lock").exists()
+
+
+def test_ctrl_c_waits_until_processes_are_made():
+    """Whichever thread it reaches: a thread that was there before does not have the main thread's mask."""
+    asked, answered, inside = threading.Event(), threading.Event(), []
+
+    def stop():
+        asked.wait(10)
+        signal.pthread_kill(threading.get_ident(), signal.SIGINT)
+        answered.set()
+
+    before = signal.getsignal(signal.SIGINT)
+    other = threading.Thread(target=stop)
+    other.start()
+    with pytest.raises(KeyboardInterrupt):  # noqa: PT012 (where in it is the point)
+        with solver._without_interrupts():
+            asked.set()
+            answered.wait(10)
+            other.join()
+            inside.append(sum(range(1000)))  # Python looks for signals between its own instructions
+        inside.append("behind")
+    assert inside == [499500]
+    assert signal.getsignal(signal.SIGINT) is before
