@@ -106,6 +106,9 @@ OBJECTIVES: dict[str, Objective] = {
     "exp-ibp": exp_ibp,
 }
 
+# Those that look for adversarial points, in steps of ``Options``.
+ATTACKING = tuple(name for name in OBJECTIVES if name not in ("certified", "standard"))
+
 
 def _both(members: Members, images: Tensor, labels: Tensor, noise: Tensor, options: Options) -> tuple[Tensor, Tensor]:
     """Margins at an adversarial point, and IBP's over the box, each ``[P, B, M]``."""

@@ -27,7 +27,7 @@ from evocert.losses import cross_entropy_of_margins
 from evocert.memory import parse_bytes
 from evocert.minibatches import Images, Minibatch, drawn_noise, drawn_rows
 from evocert.networks import flat_parameters
-from evocert.objectives import OBJECTIVES, Options
+from evocert.objectives import ATTACKING, OBJECTIVES, Options
 
 STALLED_GENERATIONS = 3
 
@@ -242,7 +242,8 @@ class CertifiedTraining(Problem):
             return columns
 
         images = minibatch.images.to(parameters.device, parameters.dtype)
-        noise = drawn_noise(self._minibatch_seed, minibatch.generation, images)
+        attacking = objective in ATTACKING  # the others have no use for where an attack starts
+        noise = drawn_noise(self._minibatch_seed, minibatch.generation, images if attacking else images[:, :0])
         inputs = images, minibatch.labels.to(parameters.device), noise
         # Gradients are not shared out among actors, whose tiles must be alike: no member is computed in vain.
         most = min(self.tile.members, len(parameters)) if objective == "certified" else 1

@@ -243,6 +243,18 @@ def _kill():
     raise _KilledError
 
 
+def _check_killed_is_whole(problem, overrides, tmp_path, at):
+    """A run that is killed in generation ``at`` and resumed is in every record the one that was not. Both are in tmp_path."""
+    start(problem, overrides, tmp_path / "whole", Silent())
+    with pytest.raises(_KilledError):
+        start(problem, overrides, tmp_path / "killed", _Stopping(at, _kill))
+    assert checkpoint(tmp_path / "killed")["generation"] == at - 1
+    resume(tmp_path / "killed", Silent())
+    assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
+    assert same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
+    assert outcome(tmp_path / "killed") == outcome(tmp_path / "whole")
+
+
 class TestResume:
     @pytest.mark.parametrize("at", [1, 2, 5, 11, 12])
     def test_after_a_kill_is_bit_for_bit(self, problem, tmp_path, reference, at):
@@ -259,12 +271,7 @@ class TestResume:
         "stdev_learning_rate=0.1", "stdev_schedule.shape=constant", "stdev_schedule.last=1",
     ], ["symmetric=false"]], ids=["clipup", "plain", "centered", "sigma", "asymmetric"])  # fmt: skip
     def test_holds_for_every_kind_of_pgpe(self, problem, tmp_path, overrides):
-        start(problem, overrides, tmp_path / "whole", Silent())
-        with pytest.raises(_KilledError):
-            start(problem, overrides, tmp_path / "killed", _Stopping(6, _kill))
-        resume(tmp_path / "killed", Silent())
-        assert rows(tmp_path / "killed") == rows(tmp_path / "whole")
-        assert same(checkpoint(tmp_path / "killed"), checkpoint(tmp_path / "whole"))
+        _check_killed_is_whole(problem, overrides, tmp_path, 6)
 
     def test_after_ctrl_c_too(self, problem, tmp_path, reference):
         folder = tmp_path / "stopped"
@@ -718,14 +725,7 @@ class TestStages:
     @pytest.mark.parametrize("stop", [3, 6, 8, 10, 13])
     def test_go_on_bit_for_bit(self, staged, tmp_path, stop):
         """Within a stage, and at the seams."""
-        start(staged, [], tmp_path / "whole", Silent())
-        with pytest.raises(_KilledError):
-            start(staged, [], tmp_path / "cut", _Stopping(stop, _kill))
-        assert checkpoint(tmp_path / "cut")["generation"] == stop - 1
-        resume(tmp_path / "cut", Silent())
-        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
-        assert rows(tmp_path / "whole") == rows(tmp_path / "cut")
-        assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
+        _check_killed_is_whole(staged, [], tmp_path, stop)
 
     def test_draw_noise_of_their_own(self, problem):
         loaded = load_problem(problem, [])
@@ -787,11 +787,7 @@ class TestAveraging:
             assert np.allclose(own, logits, atol=1e-5) == close
 
     def test_goes_on_bit_for_bit(self, problem, tmp_path):
-        start(problem, ["averaging=0.8"], tmp_path / "whole", Silent())
-        with pytest.raises(_KilledError):
-            start(problem, ["averaging=0.8"], tmp_path / "cut", _Stopping(7, _kill))
-        resume(tmp_path / "cut", Silent())
-        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+        _check_killed_is_whole(problem, ["averaging=0.8"], tmp_path, 7)
 
     def test_takes_in_every_centre_of_pgpe(self, problem, tmp_path, monkeypatch):
         """Which reports the one that was evaluated, and has one more in the end."""
@@ -852,12 +848,7 @@ class TestPatience:
 
     def test_a_run_that_ended_early_resumes_as_ended(self, problem, tmp_path):
         settings = ["generations=40", "validations=20", "center_learning_rate=1e-12", "patience=3", "method=grad"]
-        start(problem, settings, tmp_path / "whole", Silent())
-        with pytest.raises(_KilledError):
-            start(problem, settings, tmp_path / "cut", _Stopping(22, _kill))
-        resume(tmp_path / "cut", Silent())
-        assert outcome(tmp_path / "whole") == outcome(tmp_path / "cut")
-        assert same(checkpoint(tmp_path / "whole"), checkpoint(tmp_path / "cut"))
+        _check_killed_is_whole(problem, settings, tmp_path, 22)
 
 
 class TestBadInput:

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from evocert.problem import CertifiedTraining
+from evocert.searchers.gaussian import drawn
 
 MEMORY = 0.9  # of the regression, from one generation to the next
 # A coefficient that was fitted where the gradient said little would let one that says much overthrow the centre.
@@ -39,8 +40,7 @@ class ControlVariate:
 
     def renew(self, problem: CertifiedTraining, mu: Tensor, sigma: Tensor) -> None:
         """Gradients for the population that was just evaluated, on the same minibatch; ``mu`` and ``sigma``: ``[D]``."""
-        noise = torch.empty(self._pairs, len(mu), dtype=mu.dtype, device=mu.device)
-        noise.normal_(generator=problem.generator).mul_(sigma)
+        noise = drawn(self._pairs, sigma, mu, problem.generator)
         points = torch.cat((mu + noise, mu - noise))
         _, gradients = problem.value_and_gradient(points, problem.generation - 1)
         mean = gradients.mean(0)

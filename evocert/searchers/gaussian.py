@@ -17,6 +17,12 @@ def _generator_of(source: Any) -> torch.Generator | None:
     return getattr(source, "generator", source)
 
 
+def drawn(count: int, sigma: Tensor, centre: Tensor, generator: torch.Generator | None) -> Tensor:
+    """Noise ``[count, D]`` of standard deviation ``sigma`` (``[D]`` or ``[1]``), as the centre ``[D]`` in dtype and device."""
+    noise = torch.empty(count, len(centre), dtype=centre.dtype, device=centre.device)
+    return noise.normal_(generator=generator).mul_(sigma)
+
+
 class FixedGaussian(SeparableGaussian):
     """Independent samples ``mu + sigma * noise``."""
 
@@ -34,8 +40,7 @@ class FixedSymmetricGaussian(SymmetricSeparableGaussian):
     """Antithetic pairs ``mu + sigma * noise``, ``mu - sigma * noise`` in neighbouring rows."""
 
     def _fill(self, out: Tensor, *, generator: Any = None) -> None:
-        noise = torch.empty(len(out) // 2, out.shape[1], dtype=out.dtype, device=out.device)
-        noise.normal_(generator=_generator_of(generator)).mul_(self.sigma)
+        noise = drawn(len(out) // 2, self.sigma, self.mu, _generator_of(generator))
         torch.add(self.mu, noise, out=out[0::2])
         torch.sub(self.mu, noise, out=out[1::2])
 

@@ -11,9 +11,11 @@ from torch import Tensor
 
 from evocert.errors import InputError
 from evocert.experiment import Experiment
+from evocert.objectives import ATTACKING
 from evocert.problem import CertifiedTraining
 from evocert.searchers import optimizers
 from evocert.searchers.clock import Clock
+from evocert.searchers.gaussian import drawn
 from evocert.searchers.progress import progress_of, restore_progress
 from evocert.searchers.scale import by_use
 
@@ -28,7 +30,7 @@ class Descent(SearchAlgorithm):
         optimizer_config: what it takes besides the learning rate.
         clip_norm: the mean gradient is shortened to this length where it is longer; None: never.
         l1: weight of the parameters' absolute values in the loss.
-        weight_decay: share of the parameters that a step of length 1 takes away, whatever the gradient.
+        weight_decay: share of the parameters that an update at a learning rate of 1 takes away beside its step.
         regulariser: weight of ``regularisers.shi`` in the loss, times 1 - eps / final_eps.
         final_eps: where eps ends, in [0, 1] pixels.
         options: of ``objectives.Options``.
@@ -103,14 +105,13 @@ class Descent(SearchAlgorithm):
             "weight_decay": experiment.weight_decay,
             "regulariser": experiment.regulariser,
             "final_eps": experiment.radius * experiment.eps_schedule(1.0),
-            "options": {} if cls.objective in ("certified", "standard") else names,
+            "options": names if cls.objective in ATTACKING else {},
         }
 
     @classmethod
     def members(cls, experiment: Experiment) -> tuple[int, int]:
         """How many losses a generation takes of each image, without and with gradients, those of attacks included."""
-        attacking = cls.objective not in ("certified", "standard")
-        mixing = cls.objective in ("mtl-ibp", "cc-ibp", "exp-ibp")
+        attacking, mixing = cls.objective in ATTACKING, cls.objective in ("mtl-ibp", "cc-ibp", "exp-ibp")
         return 0, 1 + attacking * experiment.train_attack_steps + mixing
 
     # The status. Methods, not lambdas: searchers can be pickled.
@@ -262,8 +263,7 @@ class RGS(Descent):
 
     def _points(self) -> Tensor:
         pairs = self._popsize // 2 if self._symmetric else self._popsize
-        noise = torch.empty(pairs, len(self._center), dtype=self._center.dtype, device=self._center.device)
-        noise.normal_(generator=self.problem.generator).mul_(self._stdev)
+        noise = drawn(pairs, self._stdev, self._center, self.problem.generator)
         if self._symmetric:
             noise = torch.stack((noise, -noise), 1).flatten(0, 1)
         return self._center + noise

@@ -50,7 +50,8 @@ class PGPE(EvoTorchPGPE):
         symmetric: antithetic pairs.
         control_points: gradients that serve as a control variate (``ControlVariate``): 0, or an even number, with "raw", pairs,
             a fixed sigma and no distributed mode.
-        weight_decay: share of the centre that a step of length 1 takes away, whatever the gradient; not in distributed mode.
+        weight_decay: share of the centre that an update at a learning rate of 1 takes away beside its step; not in
+            distributed mode.
         stdev_by_use: how sigma is shared out: see ``scale.by_use``.
         more: whatever else EvoTorch's PGPE takes, without num_interactions and popsize_max.
 
