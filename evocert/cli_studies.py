@@ -17,11 +17,16 @@ def compare(
         Path | None, typer.Option(metavar="FILE", help="Write the table, too: as .md, .csv or .json.")
     ] = None,
     plot: Annotated[
-        Path | None, typer.Option(metavar="FILE.png", help="Draw the training curves on the validation part.")
+        Path | None, typer.Option(metavar="FILE.png", help="Draw curves of certified and natural accuracy.")
     ] = None,
     by: Annotated[
         str | None,
-        typer.Option(metavar="generation|seconds", help="What the curves are drawn over.  [default: both]"),
+        typer.Option(
+            metavar="generation|seconds|budget",
+            help="What is drawn: training curves on the validation part over generations or over seconds; or the figures of "
+            "the test part over each run's time, with a line through runs that differ by their generations.  [default: both "
+            "training curves]",
+        ),
     ] = None,
 ) -> None:
     """One table of finished runs; those that differ by their seed alone are one row, mean ± standard deviation.
@@ -33,9 +38,9 @@ def compare(
     from evocert.compare import compare as compared
     from evocert.compare.write import check_end, show, writer
 
-    axes = {None: None, "generation": "generations", "seconds": "seconds"}
+    axes = {None: None, "generation": "generations", "seconds": "seconds", "budget": "budget"}
     if by not in axes:
-        raise InputError(f"--by {by}: allowed are generation and seconds")
+        raise InputError(f"--by {by}: allowed are generation, seconds and budget")
     if by is not None and plot is None:
         raise InputError(f"--by {by}: allowed is together with --plot")
     write = None if out is None else writer(out)

@@ -1,19 +1,20 @@
-"""Training curves: certified and natural accuracy on the validation part, over generations and over time."""
+"""Training curves, and what a budget buys: certified and natural accuracy over generations and over time."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
 from textwrap import shorten
 from typing import Any
 
 import numpy as np
-from matplotlib.figure import Figure
+from matplotlib.figure import Figure as Canvas
 
-from evocert.compare.read import Curve, read_curve
-from evocert.compare.rows import Comparison, Row
+from evocert.compare.read import Curve, RunRecord, read_curve
+from evocert.compare.rows import Comparison, Figure, Row
 from evocert.errors import InputError
 
 AXES = {"generations": "generations", "seconds": "seconds of training, without validations"}
+BUDGET = "budget"
 CURVES = {"certified": "certified by the bound trained with (%)", "natural": "natural (%)"}
 # Okabe and Ito's colours, told apart by the colour-blind too, without the yellow, which is too pale for lines.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")
@@ -28,38 +29,101 @@ def plot(comparison: Comparison, path: Path, by: str | None = None) -> None:
     Args:
         comparison: the table that they belong to.
         path: a .png file.
-        by: a key of ``AXES``, or None for a column of panels each.
+        by: a key of ``AXES``, or None for a column of panels each; or ``BUDGET`` for the figures of the test part over the
+            time of training, with a line through rows that differ by their generations alone.
 
     Raises:
         InputError: metrics are damaged, or the file cannot be written.
     """
-    axes = list(AXES) if by is None else [by]
+    figure = _budgets(comparison) if by == BUDGET else _curves(comparison, list(AXES) if by is None else [by])
+    try:
+        figure.savefig(path, format="png")
+    except OSError as error:
+        raise InputError(f"--plot {path} cannot be written to: {error.strerror}") from error
+
+
+def _curves(comparison: Comparison, axes: Sequence[str]) -> Canvas:
     curves = [[read_curve(run.path) for run in row.runs] for row in comparison.rows]
-    styles = _styles(comparison)
+    names = [comparison.names(row) for row in comparison.rows]
+    styles = _styles(names)
     # With one axis the two panels are beside each other, with two each axis has its column.
     rows, columns = (len(CURVES), len(axes)) if len(axes) > 1 else (1, len(CURVES))
-    labels = [_label(comparison, row) for row in comparison.rows]
-    ncols = max(1, min(3, LINE // (max(map(len, labels)) + 8)))  # a line's sample takes the room of 8 letters
-    lines_of_legend = -(-len(labels) // ncols)
-    figure = Figure(figsize=(10, 3.4 * rows + 0.6 + 0.22 * lines_of_legend), layout="constrained", dpi=150)
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey="row").flat)
+    labels = [_label(name, row) for name, row in zip(names, comparison.rows, strict=True)]
+    figure, panels = _canvas(rows, columns, labels)
     lines: list[Any] = []
     for panel, (name, axis) in zip(panels, product(CURVES, axes), strict=True):
         drawn = [_draw(panel, row, axis, name, style) for row, style in zip(curves, styles, strict=True)]
         panel.set_xlabel(AXES[axis])
         panel.set_ylabel(CURVES[name])
         panel.set_xlim(left=0)
-        panel.grid(alpha=0.25)
-        panel.spines[["top", "right"]].set_visible(False)
         lines = lines or drawn
     for panel in panels:
         panel.set_ylim(bottom=0)  # now that all is drawn: panels of a row share it
-    figure.suptitle(_title(comparison), fontsize="medium")
+    _finish(figure, lines, labels, _title(comparison, "validation part", "bands"))
+    return figure
+
+
+def _budgets(comparison: Comparison) -> Canvas:
+    """A point for each row, at its mean time of training: its mean, and a bar of one standard deviation to each side."""
+    lines: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    for row in comparison.rows:
+        name = {key: words for key, words in comparison.names(row).items() if key != "generations"}
+        lines.setdefault(tuple(name.items()), []).append(row)
+    names = [dict(name) for name in lines]
+    labels = [_label(name, max(rows, key=_seeds)) for name, rows in zip(names, lines.values(), strict=True)]
+    shown: dict[str, Callable[[Row], Figure | None]] = {CURVES["certified"]: lambda row: row.certified(row.first.bound)}
+    if comparison.total_is_common:
+        shown = {
+            "certified in total by evocert certify (%)": lambda row: row.certify(lambda one: one.certified["total"])
+        }
+    shown[CURVES["natural"]] = lambda row: row.figure(lambda run: run.natural)
+    figure, panels = _canvas(1, len(shown), labels)
+    drawn: list[Any] = []
+    for panel, (words, figure_of) in zip(panels, shown.items(), strict=True):
+        drawn = []
+        for rows, style in zip(lines.values(), _styles(names), strict=True):
+            points = [(row.figure(_train_seconds).mean, found) for row in rows if (found := figure_of(row)) is not None]
+            points.sort(key=lambda point: point[0])
+            x, y = [seconds for seconds, _ in points], [100 * found.mean for _, found in points]
+            bars = [100 * (found.deviation or 0.0) for _, found in points]
+            drawn.append(panel.errorbar(x, y, bars, marker="o", markersize=4, capsize=2, elinewidth=0.8, **style))
+        panel.set_xscale("log")
+        panel.set_xlabel("seconds of training")
+        panel.set_ylabel(words)
+    _finish(figure, drawn, labels, _title(comparison, "test part", "bars"))
+    return figure
+
+
+def _train_seconds(run: RunRecord) -> float:
+    return run.train_seconds
+
+
+def _seeds(row: Row) -> int:
+    return len(row.runs)
+
+
+def _canvas(rows: int, columns: int, labels: Sequence[str]) -> tuple[Canvas, list[Any]]:
+    """An empty figure with room for a legend, and its panels."""
+    figure = Canvas(
+        figsize=(10, 3.4 * rows + 0.6 + 0.22 * -(-len(labels) // _legend_columns(labels))),
+        layout="constrained",
+        dpi=150,
+    )
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey="row").flat)
+    for panel in panels:
+        panel.grid(alpha=0.25)
+        panel.spines[["top", "right"]].set_visible(False)
+    return figure, panels
+
+
+def _legend_columns(labels: Sequence[str]) -> int:
+    return max(1, min(3, LINE // (max(map(len, labels)) + 8)))  # a line's sample takes the room of 8 letters
+
+
+def _finish(figure: Canvas, lines: Sequence[Any], labels: Sequence[str], title: str) -> None:
+    figure.suptitle(title, fontsize="medium")
+    ncols = _legend_columns(labels)
     figure.legend(lines, labels, loc="outside lower center", ncols=ncols, frameon=False, handlelength=3.2)
-    try:
-        figure.savefig(path, format="png")
-    except OSError as error:
-        raise InputError(f"--plot {path} cannot be written to: {error.strerror}") from error
 
 
 def _draw(panel: Any, curves: Sequence[Curve], axis: str, name: str, style: dict[str, Any]) -> Any:
@@ -84,9 +148,8 @@ def _marker(x: np.ndarray) -> str:
     return "o" if x[0] == x[-1] else ""
 
 
-def _styles(comparison: Comparison) -> list[dict[str, Any]]:
-    """One for each row: colours for bounds and dashes for the rest of its name, if there are enough of both."""
-    names = [comparison.names(row) for row in comparison.rows]
+def _styles(names: Sequence[Mapping[str, str]]) -> list[dict[str, Any]]:
+    """One for each line: colours for bounds and dashes for the rest of its name, if there are enough of both."""
     bounds = list(dict.fromkeys(name["bound"] for name in names))
     rest = [tuple(words for key, words in name.items() if key != "bound") for name in names]
     others = list(dict.fromkeys(rest))
@@ -97,15 +160,15 @@ def _styles(comparison: Comparison) -> list[dict[str, Any]]:
     return [{"color": COLOURS[colour], "linestyle": DASHES[dash], "linewidth": 1.6} for colour, dash in pairs]
 
 
-def _label(comparison: Comparison, row: Row) -> str:
-    words = shorten(", ".join(comparison.names(row).values()), LINE - 20, placeholder=" …")
+def _label(name: Mapping[str, str], row: Row) -> str:
+    words = shorten(", ".join(name.values()), LINE - 20, placeholder=" …")
     return words + (f" ({len(row.runs)} seeds)" if len(row.runs) > 1 else "")
 
 
-def _title(comparison: Comparison) -> str:
-    """What all curves share, and what the bands are."""
+def _title(comparison: Comparison, part: str, spread: str) -> str:
+    """What all lines share, and what shows the spread of seeds."""
     first = comparison.rows[0].first
     parts = [] if comparison.varies(lambda run: run.problem) else [first.problem]
     parts += [] if comparison.varies(lambda run: run.eps) else [f"eps = {first.eps:.4g}"]
-    band = "; bands: one standard deviation over seeds" if any(len(row.runs) > 1 for row in comparison.rows) else ""
-    return ", ".join([*parts, "validation part"]) + band
+    seeds = any(len(row.runs) > 1 for row in comparison.rows)
+    return ", ".join([*parts, part]) + (f"; {spread}: one standard deviation over seeds" if seeds else "")

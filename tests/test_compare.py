@@ -323,12 +323,53 @@ class TestPlot:
     def test_many_rows_have_styles_of_their_own(self, run):
         from evocert.plots import _styles
 
-        comparison = compare([run(f"r{size}", popsize=size) for size in range(2, 42, 2)])
-        assert len({(style["color"], str(style["linestyle"])) for style in _styles(comparison)}) == 20
+        def styles_of(folders):
+            comparison = compare(folders)
+            return _styles([comparison.names(row) for row in comparison.rows])
+
+        many = styles_of([run(f"r{size}", popsize=size) for size in range(2, 42, 2)])
+        assert len({(style["color"], str(style["linestyle"])) for style in many}) == 20
         grid = [run(f"{m}{b}", method=m, bound=b) for m in ("pgpe", "rgs", "mtl-ibp") for b in ("ibp", "deeppoly")]
-        styles = _styles(compare(grid))
+        styles = styles_of(grid)
         assert [style["color"] for style in styles[::2]] == [styles[0]["color"]] * 3
         assert len({str(style["linestyle"]) for style in styles}) == 3
+
+    @pytest.mark.parametrize("certify", [False, True])
+    def test_a_budget_is_a_point_on_the_line_of_its_method(self, run, evocert, tmp_path, monkeypatch, certify):
+        from matplotlib.axes import Axes
+
+        from evocert import plots
+
+        for generations, share in ((2, 0.3), (4, 0.5)):
+            for seed in (0, 1):
+                folder = run(
+                    f"{generations}-{seed}",
+                    generations=generations,
+                    seed=seed,
+                    certified={"ibp": share + seed / 10, "deeppoly": 0.9},
+                    train_seconds=10.0 * generations,
+                )
+                if certify:
+                    certification(folder, total=0.8)
+        other = run("other", method="rgs", certified={"ibp": 0.7}, train_seconds=5.0)
+        if certify:
+            certification(other, total=0.6)
+        drawn = []
+        draw = Axes.errorbar
+        monkeypatch.setattr(
+            Axes, "errorbar", lambda self, *args, **more: drawn.append(args) or draw(self, *args, **more)
+        )
+        folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
+        plots.plot(compare(folders), tmp_path / "b.png", plots.BUDGET)
+        pgpe, rgs = drawn[:2]
+        assert pgpe[0] == [20.0, 40.0]
+        assert pgpe[1] == pytest.approx([80.0, 80.0] if certify else [35.0, 55.0])
+        assert pgpe[2] == pytest.approx([0.0, 0.0] if certify else [50**0.5, 50**0.5])
+        assert rgs[:2] == ([5.0], [pytest.approx(60.0 if certify else 70.0)])
+        assert [line[0] for line in drawn[2:]] == [[20.0, 40.0], [5.0]]  # the natural ones beside them
+        status, _, err = evocert("compare", *folders, "--plot", tmp_path / "c.png", "--by", "budget")
+        assert (status, err) == (0, "")
+        assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
 
 
 class TestRefused:
@@ -351,7 +392,7 @@ class TestRefused:
         refused(folder, "--out", tmp_path / "no" / "t.md", words=[tmp_path / "no"])
         refused(folder, "--out", folder / "results.json", words=["results.json"])
         refused(folder, "--plot", "curves.jpg", words=["curves.jpg", ".png"])
-        refused(folder, "--plot", "curves.png", "--by", "epoch", words=["epoch", "generation", "seconds"])
+        refused(folder, "--plot", "curves.png", "--by", "epoch", words=["epoch", "generation", "seconds", "budget"])
         refused(folder, "--by", "seconds", words=["--plot"])
 
     @pytest.mark.parametrize("content", [b"", b"{", b"[1]", b"\xff\xfe", b"null", b"[" * 100_000])

@@ -102,6 +102,12 @@ class Comparison:
         found = (name for row in self.rows for one in row.certifications for name in one.certified)
         return [name for name in dict.fromkeys(found) if name != "total"]
 
+    @property
+    def total_is_common(self) -> bool:
+        """Whether all runs are certified by ``evocert certify``, on one basis."""
+        bases = {one.basis for row in self.rows for one in row.certifications}
+        return len(bases) == 1 and all(len(row.certifications) == len(row.runs) for row in self.rows)
+
     def varies(self, of: Callable[[RunRecord], Any]) -> bool:
         """Whether something is not the same in all runs."""
         return len({of(run) for row in self.rows for run in row.runs}) > 1
