@@ -2,8 +2,9 @@
 
     python docs/measure_pgpe.py OUT [--seconds 45] [--seeds 0,1,2] [--jobs 2] [--bound ibp] [--only NAME ...]
 
-Every variant is given the generations that it does in so many seconds of one thread, is searched over its settings on the
-first seed by certified validation accuracy, and is then run on the others. OUT keeps the runs: the same command goes on.
+Every variant is given the generations that it does in so many seconds of one thread (validations not counted), is searched
+over its settings on the first seed by certified validation accuracy, and is then run on the others. OUT keeps the runs: the
+same command goes on.
 """
 
 import argparse
@@ -96,7 +97,7 @@ def combinations(variant):
 
 
 def trained(folder, variant, settings):
-    """Seconds of training, and certified validation and test accuracy in percent. A finished run is not run again."""
+    """Seconds of generations, and certified validation and test accuracy in percent. A finished run is not run again."""
     if not (folder / "results.json").exists():
         what = ["resume", str(folder)]
         if not (folder / "checkpoint.pt").exists():
@@ -111,7 +112,8 @@ def trained(folder, variant, settings):
     rows = [json.loads(line) for line in (folder / "metrics.jsonl").open()]
     validation = [row["certified"] for row in rows if row["event"] == "validation"][-1]
     bound = json.loads((folder / "config.json").read_text())["bound"]
-    return results["train_seconds"], 100 * validation, 100 * results["accuracy"]["certified"][bound]
+    seconds = sum(row["timing"]["seconds"] for row in rows if row["event"] == "generation")
+    return seconds, 100 * validation, 100 * results["accuracy"]["certified"][bound]
 
 
 def main():
