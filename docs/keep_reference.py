@@ -22,6 +22,10 @@ def keep(run, to, with_metrics):
     config = json.loads((run / "config.json").read_text())
     config["problem_path"] = config["problem_file"] = f"problems/{Path(config['problem_path']).name}"
     config["data_dir"] = None
+    if (to / "certify.json").exists():
+        certify = json.loads((to / "certify.json").read_text())
+        certify["settings"]["network"] = f"{config['problem']} (runs/{run.parent.name}/{run.name})"
+        (to / "certify.json").write_text(json.dumps(certify, indent=1) + "\n")
     (to / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
