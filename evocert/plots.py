@@ -1,5 +1,6 @@
 """Training curves, and what a budget buys: certified and natural accuracy over generations and over time."""
 
+import statistics
 from collections.abc import Callable, Mapping, Sequence
 from itertools import product
 from pathlib import Path
@@ -8,8 +9,9 @@ from typing import Any
 
 import numpy as np
 from matplotlib.figure import Figure as Canvas
+from matplotlib.ticker import LogLocator, NullFormatter, ScalarFormatter
 
-from evocert.compare.read import Curve, RunRecord, read_curve
+from evocert.compare.read import Curve, read_curve
 from evocert.compare.rows import Comparison, Figure, Row
 from evocert.errors import InputError
 
@@ -30,7 +32,7 @@ def plot(comparison: Comparison, path: Path, by: str | None = None) -> None:
         comparison: the table that they belong to.
         path: a .png file.
         by: a key of ``AXES``, or None for a column of panels each; or ``BUDGET`` for the figures of the test part over the
-            time of training, with a line through rows that differ by their generations alone.
+            time that their generations took, with a line through rows that differ by how many these are alone.
 
     Raises:
         InputError: metrics are damaged, or the file cannot be written.
@@ -65,51 +67,60 @@ def _curves(comparison: Comparison, axes: Sequence[str]) -> Canvas:
 
 def _budgets(comparison: Comparison) -> Canvas:
     """A point for each row, at its mean time of training: its mean, and a bar of one standard deviation to each side."""
-    lines: dict[tuple[tuple[str, str], ...], list[Row]] = {}
+    lines: list[list[Row]] = []
     for row in comparison.rows:
-        name = {key: words for key, words in comparison.names(row).items() if key != "generations"}
-        lines.setdefault(tuple(name.items()), []).append(row)
-    names = [dict(name) for name in lines]
-    labels = [_label(name, max(rows, key=_seeds)) for name, rows in zip(names, lines.values(), strict=True)]
+        alike = (line for line in lines if _but_generations(line[0]) == _but_generations(row))
+        # A row that repeats another one's seeds is no other budget.
+        line = next((line for line in alike if row.first.identity not in [one.first.identity for one in line]), None)
+        if line is None:
+            lines.append([row])
+        else:
+            line.append(row)
+    names = [comparison.names(max(line, key=lambda row: len(row.runs))) for line in lines]
+    names = [{key: words for key, words in name.items() if key != "generations"} for name in names]
+    labels = [_label(name, max(line, key=lambda row: len(row.runs))) for name, line in zip(names, lines, strict=True)]
+    seconds = {
+        id(row): statistics.fmean(read_curve(run.path).seconds[-1] for run in row.runs) for row in comparison.rows
+    }
     shown: dict[str, Callable[[Row], Figure | None]] = {CURVES["certified"]: lambda row: row.certified(row.first.bound)}
     if comparison.total_is_common:
         shown = {
             "certified in total by evocert certify (%)": lambda row: row.certify(lambda one: one.certified["total"])
         }
     shown[CURVES["natural"]] = lambda row: row.figure(lambda run: run.natural)
-    figure, panels = _canvas(1, len(shown), labels)
+    figure, panels = _canvas(1, len(shown), labels, share=False)
     drawn: list[Any] = []
     for panel, (words, figure_of) in zip(panels, shown.items(), strict=True):
         drawn = []
-        for rows, style in zip(lines.values(), _styles(names), strict=True):
-            points = [(row.figure(_train_seconds).mean, found) for row in rows if (found := figure_of(row)) is not None]
+        for line, style in zip(lines, _styles(names), strict=True):
+            points = [(seconds[id(row)], found) for row in line if (found := figure_of(row)) is not None]
             points.sort(key=lambda point: point[0])
-            x, y = [seconds for seconds, _ in points], [100 * found.mean for _, found in points]
+            x, y = [at for at, _ in points], [100 * found.mean for _, found in points]
             bars = [100 * (found.deviation or 0.0) for _, found in points]
             drawn.append(panel.errorbar(x, y, bars, marker="o", markersize=4, capsize=2, elinewidth=0.8, **style))
-        panel.set_xscale("log")
-        panel.set_xlabel("seconds of training")
+        if min(seconds.values()) > 0:
+            panel.set_xscale("log")
+            panel.xaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+            panel.xaxis.set_major_formatter(ScalarFormatter())
+            panel.xaxis.set_minor_formatter(NullFormatter())
+        panel.set_xlabel(AXES["seconds"])
         panel.set_ylabel(words)
     _finish(figure, drawn, labels, _title(comparison, "test part", "bars"))
     return figure
 
 
-def _train_seconds(run: RunRecord) -> float:
-    return run.train_seconds
+def _but_generations(row: Row) -> dict[str, Any]:
+    return {key: value for key, value in row.first.settings.items() if key != "generations"}
 
 
-def _seeds(row: Row) -> int:
-    return len(row.runs)
-
-
-def _canvas(rows: int, columns: int, labels: Sequence[str]) -> tuple[Canvas, list[Any]]:
+def _canvas(rows: int, columns: int, labels: Sequence[str], *, share: bool = True) -> tuple[Canvas, list[Any]]:
     """An empty figure with room for a legend, and its panels."""
     figure = Canvas(
         figsize=(10, 3.4 * rows + 0.6 + 0.22 * -(-len(labels) // _legend_columns(labels))),
         layout="constrained",
         dpi=150,
     )
-    panels = list(figure.subplots(rows, columns, squeeze=False, sharey="row").flat)
+    panels = list(figure.subplots(rows, columns, squeeze=False, sharey="row" if share else "none").flat)
     for panel in panels:
         panel.grid(alpha=0.25)
         panel.spines[["top", "right"]].set_visible(False)

@@ -347,11 +347,10 @@ class TestPlot:
                     generations=generations,
                     seed=seed,
                     certified={"ibp": share + seed / 10, "deeppoly": 0.9},
-                    train_seconds=10.0 * generations,
                 )
                 if certify:
                     certification(folder, total=0.8)
-        other = run("other", method="rgs", certified={"ibp": 0.7}, train_seconds=5.0)
+        other = run("other", method="rgs", certified={"ibp": 0.7})
         if certify:
             certification(other, total=0.6)
         drawn = []
@@ -362,14 +361,36 @@ class TestPlot:
         folders = sorted(path for path in tmp_path.iterdir() if path.is_dir())
         plots.plot(compare(folders), tmp_path / "b.png", plots.BUDGET)
         pgpe, rgs = drawn[:2]
-        assert pgpe[0] == [20.0, 40.0]
+        # 0.5 s a generation, 0.6 s of seed 1; validations, of 9 s each, are not in it
+        assert pgpe[0] == pytest.approx([1.1, 2.2])
         assert pgpe[1] == pytest.approx([80.0, 80.0] if certify else [35.0, 55.0])
         assert pgpe[2] == pytest.approx([0.0, 0.0] if certify else [50**0.5, 50**0.5])
-        assert rgs[:2] == ([5.0], [pytest.approx(60.0 if certify else 70.0)])
-        assert [line[0] for line in drawn[2:]] == [[20.0, 40.0], [5.0]]  # the natural ones beside them
+        assert rgs[:2] == ([pytest.approx(2.0)], [pytest.approx(60.0 if certify else 70.0)])
+        assert [len(line[0]) for line in drawn[2:]] == [2, 1]  # the natural ones beside them
         status, _, err = evocert("compare", *folders, "--plot", tmp_path / "c.png", "--by", "budget")
         assert (status, err) == (0, "")
         assert (tmp_path / "c.png").read_bytes()[:4] == b"\x89PNG"
+
+    def test_a_line_joins_what_differs_by_generations_alone(self, run, tmp_path, monkeypatch):
+        from matplotlib.axes import Axes
+
+        from evocert import plots
+
+        many = {f"setting{number}": 0 for number in range(6)}  # more than a legend shows
+        folders = [
+            run("one", **many),
+            run("longer", generations=6, **many),
+            run("other", **{**many, "setting5": 1}, eps=0.1),
+            run("near", **many, eps=0.100004),
+            run("again", **many),
+        ]
+        drawn = []
+        draw = Axes.errorbar
+        monkeypatch.setattr(
+            Axes, "errorbar", lambda self, *args, **more: drawn.append(args) or draw(self, *args, **more)
+        )
+        plots.plot(compare(folders), tmp_path / "b.png", plots.BUDGET)
+        assert [line[0] for line in drawn[:4]] == [pytest.approx(x) for x in ([2.0, 3.0], [2.0], [2.0], [2.0])]
 
 
 class TestRefused:
