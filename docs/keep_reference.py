@@ -26,6 +26,9 @@ def keep(run, to, with_metrics):
         certify = json.loads((to / "certify.json").read_text())
         certify["settings"]["network"] = f"{config['problem']} (runs/{run.parent.name}/{run.name})"
         (to / "certify.json").write_text(json.dumps(certify, indent=1) + "\n")
+    for key in ("init_from", "data_path"):
+        if config[key] is not None:
+            raise SystemExit(f"{run}: {key}={config[key]} is a path that this script does not cut")
     (to / "config.json").write_text(json.dumps(config, indent=1) + "\n")
 
 
@@ -36,7 +39,7 @@ def main():
     parser.add_argument("--metrics-of-seed", type=int, default=0)
     arguments = parser.parse_args()
     for sweep in arguments.sweeps:
-        to = arguments.to / sweep.name
+        to = arguments.to / sweep.resolve().name
         runs = [path.parent for path in sorted(sweep.glob("*/results.json"))]
         for run in runs:
             seed = json.loads((run / "config.json").read_text())["seed"]

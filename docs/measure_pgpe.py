@@ -8,9 +8,11 @@ same command goes on.
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shlex
+import shutil
 import statistics
 import subprocess
 import sys
@@ -20,31 +22,27 @@ from pathlib import Path
 
 PROBLEM = Path(__file__).parents[1] / "problems" / "mnist_tiny_pgpe.py"
 SHORT = 100  # generations that a variant is timed on
-PLAIN = {"control_points": [0], "stdev_by_use": [0.0], "stdev_init": [0.003], "center_learning_rate": [0.005, 0.01]}
+RATES = [0.002, 0.005, 0.01, 0.02]
+PLAIN = {"control_points": [0], "stdev_by_use": [0.0], "stdev_init": [0.003], "center_learning_rate": RATES}
 
 # Settings in the place of PLAIN's, all combinations of which are searched.
 VARIANTS = {
-    "plain": {"stdev_init": [0.001, 0.003], "center_learning_rate": [0.002, 0.005, 0.01]},
+    "plain": {"stdev_init": [0.001, 0.003]},
     "no common random numbers": {},
     "orthogonal directions": {},
     "sigma by use": {"stdev_by_use": [0.25, 0.5], "stdev_init": [0.01]},
     "centered ranks": {"ranking_method": ["centered"]},
-    "ClipUp": {"optimizer": ["clipup"], "center_learning_rate": [0.03, 0.1, 0.3]},
+    "ClipUp": {"optimizer": ["clipup"], "center_learning_rate": [0.01, 0.03, 0.1, 0.3]},
     "256 members, 4 images": {"popsize": [256], "batch_size": [4]},
-    "16 members, 64 images": {"popsize": [16], "batch_size": [64], "center_learning_rate": [0.002, 0.005]},
+    "16 members, 64 images": {"popsize": [16], "batch_size": [64]},
     "control variate": {"control_points": [4], "stdev_init": [0.001, 0.003]},
-    "control variate, sigma by use": {
+    "control variate, sigma by use": {"control_points": [4], "stdev_by_use": [0.5], "stdev_init": [0.01]},
+    "control variate, sigma by use, 16 members, 64 images": {
         "control_points": [4],
         "stdev_by_use": [0.5],
         "stdev_init": [0.01],
-        "center_learning_rate": [0.01, 0.02],
-    },
-    "control variate, 16 members, 64 images": {
-        "control_points": [4],
         "popsize": [16],
         "batch_size": [64],
-        "stdev_by_use": [0.5],
-        "stdev_init": [0.01],
     },
     "rgs": {"method": ["rgs"], "popsize": [2], "batch_size": [64]},
 }
@@ -101,7 +99,7 @@ def trained(folder, variant, settings):
     if not (folder / "results.json").exists():
         what = ["resume", str(folder)]
         if not (folder / "checkpoint.pt").exists():
-            subprocess.run(["rm", "-rf", str(folder)], check=True)
+            shutil.rmtree(folder, ignore_errors=True)
             sets = [part for key, value in settings.items() for part in ("--set", f"{key}={value}")]
             what = ["run", str(PROBLEM), "--run-dir", str(folder), *sets]
         command = [sys.executable, __file__, "--change", variant, shlex.join([*what, "--quiet"])]
@@ -125,21 +123,26 @@ def main():
     parser.add_argument("--bound", default="ibp")
     parser.add_argument("--only", nargs="*", default=list(VARIANTS))
     arguments = parser.parse_args()
+    if unknown := set(arguments.only) - set(VARIANTS):
+        parser.error(f"--only {', '.join(unknown)}: allowed are {', '.join(VARIANTS)}")
     first, *others = map(int, arguments.seeds.split(","))
+    arguments.out.mkdir(parents=True, exist_ok=True)
     pool = ThreadPoolExecutor(arguments.jobs)
 
     def run(variant, index, seed, generations):
-        settings = {"bound": arguments.bound, **combinations(variant)[index], "generations": generations, "seed": seed}
-        name = f"{variant.replace(',', '').replace(' ', '_')}-{index}-seed-{seed}-generations-{generations}"
-        return trained(arguments.out / name, variant, settings)
+        settings = {"bound": arguments.bound, **combinations(variant)[index], "generations": generations}
+        digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()[:8]
+        name = f"{variant.replace(',', '').replace(' ', '_')}-{digest}-seed-{seed}"
+        return trained(arguments.out / name, variant, {**settings, "seed": seed})
 
     timed = pool.map(lambda variant: run(variant, 0, first, SHORT)[0], arguments.only)
     rate = dict(zip(arguments.only, timed, strict=True))
-    generations_file = arguments.out / "generations.json"  # a second call is to find the first one's runs
-    known = json.loads(generations_file.read_text()) if generations_file.exists() else {}
-    generations = {name: known.get(name, round(arguments.seconds * SHORT / rate[name], -1)) for name in arguments.only}
-    generations = {name: max(int(count), SHORT) for name, count in generations.items()}
-    generations_file.write_text(json.dumps({**known, **generations}))
+    # A second call is to find the first one's runs, whose generations another timing would change.
+    file = arguments.out / f"generations-{arguments.bound}-{arguments.seconds:g}-seconds.json"
+    known = json.loads(file.read_text()) if file.exists() else {}
+    wanted = {name: int(round(arguments.seconds * SHORT / rate[name], -1)) for name in arguments.only}
+    generations = {name: known.get(name, max(wanted[name], SHORT)) for name in arguments.only}
+    file.write_text(json.dumps({**known, **generations}))
 
     cells = [(variant, index) for variant in arguments.only for index in range(len(combinations(variant)))]
     found = dict(zip(cells, pool.map(lambda cell: run(*cell, first, generations[cell[0]]), cells), strict=True))
