@@ -1,7 +1,7 @@
 """Digits at eps = 0.1 on a CNN5 that is wide enough to learn and small enough for every bound in a population.
 
     evocert sweep problems/digits_depth_cnn5.py --grid method=grad,rgs --grid bound=ibp,crown-ibp,deeppoly --seeds 0,1,2,3,4
-    evocert sweep problems/digits_depth_cnn5.py --grid bound=ibp,crown-ibp,deeppoly --seeds 0,1,2,3,4 \
+    evocert sweep problems/digits_depth_cnn5.py --grid bound=ibp,crown-ibp,deeppoly --seeds 0,1,2 \
         --set method=pgpe --set popsize=32 --set batch_size=32 --set control_points=2
 """
 
