@@ -58,6 +58,34 @@ def test_rows_of_the_study_differ_by_their_bound_alone(method):
     assert settings[0] == settings[1] == settings[2]
 
 
+@pytest.mark.parametrize("data", ["mnist_w16", "cifar10_w16"])
+def test_methods_of_the_study_share_network_and_schedules(data):
+    base = load_problem(PROBLEMS / f"{data}.py").experiment.settings()
+    assert (base["network"], base["width"], base["method"], base["bound"]) == ("cnn3", 16, "grad", "ibp")
+    of_the_method = {
+        "problem",
+        "method",
+        "mixture",
+        "popsize",
+        "batch_size",
+        "control_points",
+        "stdev_init",
+        "stdev_by_use",
+    }
+    for method in ("rgs", "pgpe", "sabr", "mtl-ibp"):
+        row = load_problem(PROBLEMS / f"{data}_{method.replace('-', '_')}.py").experiment.settings()
+        assert row["method"] == method
+        assert {name for name in base if base[name] != row[name]} <= of_the_method | {"center_learning_rate"}
+
+
+def test_cifar10_rows_of_the_study(tmp_path):
+    images(tmp_path / "subset.npz", (3, 32, 32), 10, np.uint8)
+    data = ["data=npz", f"data_path={tmp_path / 'subset.npz'}", "batch_size=4", "width=2", "eps=8/255"]
+    results = run("cifar10_w16_pgpe", tmp_path, *data, "control_points=2", "bound=crown-ibp")
+    assert results["eps"] == pytest.approx(8 / 255)
+    assert set(results["accuracy"]["certified"]) == {"ibp", "crown-ibp"}
+
+
 @pytest.mark.parametrize("method", ["grad", "rgs", "pgpe"])
 def test_digits_of_the_study(tmp_path, method):
     name = "digits_tiny_pgpe" if method == "pgpe" else "digits_tiny"
