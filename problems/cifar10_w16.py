@@ -20,4 +20,5 @@ experiment = dataclasses.replace(
     mean=[0.4914, 0.4822, 0.4465],  # of the training images, as the field uses them
     std=[0.2023, 0.1994, 0.2010],
     eps=2 / 255,
+    center_learning_rate=0.002,  # Adam
 )

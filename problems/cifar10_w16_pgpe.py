@@ -10,5 +10,5 @@ import mnist_w16_pgpe
 
 experiment = dataclasses.replace(
     mnist_w16_pgpe.experiment,  # its population and sigma too
-    **{name: getattr(cifar10_w16.experiment, name) for name in ("data", "mean", "std", "eps")},
+    **{name: getattr(cifar10_w16.experiment, name) for name in ("data", "mean", "std", "eps", "center_learning_rate")},
 )
