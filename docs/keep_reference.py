@@ -2,8 +2,8 @@
 
     python docs/keep_reference.py SWEEP... [--to runs/reference] [--metrics-of-seed 0]
 
-Checkpoints, the list of the split and certify's record of each image stay behind, metrics of most seeds too. Paths of the
-machine are cut to what is below the repository.
+Checkpoints, the list of the split and certify's record of each image stay behind, metrics of most seeds too, and the problem
+file, which stands in problems/. Paths of the machine are cut to what is below the repository.
 """
 
 import argparse
@@ -11,7 +11,7 @@ import json
 import shutil
 from pathlib import Path
 
-KEPT = ("results.json", "certify.json", "environment.json", "network.onnx", "problem.py")
+KEPT = ("results.json", "certify.json", "environment.json", "network.onnx")
 
 
 def keep(run, to, with_metrics):
