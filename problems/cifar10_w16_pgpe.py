@@ -8,7 +8,4 @@ import dataclasses
 import cifar10_w16
 import mnist_w16_pgpe
 
-experiment = dataclasses.replace(
-    mnist_w16_pgpe.experiment,  # its population and sigma too
-    **{name: getattr(cifar10_w16.experiment, name) for name in ("data", "mean", "std", "eps", "center_learning_rate")},
-)
+experiment = dataclasses.replace(cifar10_w16.experiment, **mnist_w16_pgpe.SETTINGS)
