@@ -35,7 +35,7 @@ from evocert.bounds.layers import (
     Pad,
     Residual,
 )  # fmt: skip
-from evocert.bounds.nonlinear import Relaxed
+from evocert.bounds.nonlinear import Relaxed, passed
 
 Path = tuple[Layer, ...]
 CPU_SIZE = 2048
@@ -162,7 +162,7 @@ def undecided(network: Network, parameters: Tensor, box: Box) -> list[float]:
         def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> ibp.Interval:
             decided = node.decided(centre - radius, centre + radius)
             shares[-1].append(1.0 if decided is None else 1 - decided.double().mean().item())
-            return ibp.passed(node, *found[node].interval)  # noqa: B023 (used at once)
+            return passed(node, *found[node].interval)  # noqa: B023 (used at once)
 
         ibp.propagate(members.hidden, *members.entered(box), visit)
     return torch.tensor(shares, dtype=torch.float64).mean(0).tolist()

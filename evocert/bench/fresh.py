@@ -15,7 +15,7 @@ import torch
 
 from evocert.bench import lirpa, measure
 from evocert.bench.work import Work
-from evocert.bounds import Tile
+from evocert.bounds import Tile, compiled
 
 PROGRAM = "import sys; from evocert.bench.fresh import main; main(sys.argv[1])"
 SHARE = 0.9  # of the memory that is free, which a process may take: the system must not fall with it
@@ -88,6 +88,8 @@ def main(path: str) -> None:
     if job["kind"] == "memory":
         prepare(device)
         work.network  # noqa: B018 (it is read now, not in the call)
+        if device.type == "cpu":
+            compiled.load(work.parameters.dtype)  # as a process has it once, whatever it bounds
         call = partial(measure.margins, work, job["bound"], Tile(*job["tile"]))
         result: dict[str, Any] = {"peak": measure.peak(call, device)}
     else:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
+from evocert.bounds import compiled
 from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.margins import difference_rows, logit_margins
@@ -116,10 +117,16 @@ def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:
         radius: of the box, ``[1, B, C, H, W]``.
     """
     radius = rows.on(radius)  # zero beyond the map, whatever coefficients stand there
+    terms = rows.terms
+    in_one_pass = compiled.usable(terms) and terms.shape[1:3] == radius.shape[1:3]
     if rows.form is Form.PAIR:
         s, d, s0, d0 = rows.split()
-        return s0 - d0 - inner((s - d).abs(), radius), s0 + d0 + inner((s + d).abs(), radius)
-    spread = inner(rows.terms.abs(), radius)
+        if in_one_pass:
+            less, more = compiled.pair_products(terms, radius)
+        else:
+            less, more = inner((s - d).abs(), radius), inner((s + d).abs(), radius)
+        return s0 - d0 - less, s0 + d0 + more
+    spread = compiled.magnitude_product(terms, radius) if in_one_pass else inner(terms.abs(), radius)
     if not rows.both:
         return (rows.constant - spread,)
     if rows.form is Form.EXACT:

@@ -28,8 +28,7 @@ def relaxing(members: Members, box: Box, slope: str = "adaptive") -> Relaxing:
 
     def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, radius: Tensor) -> ibp.Interval:
         lower, upper = centre - radius, centre + radius
-        after = ibp.passed(node, lower, upper)
-        found[node] = node.relax(lower, upper, (centre, after[0]), slope)
+        after, found[node] = node.relaxed(lower, upper, centre, slope)
         return after
 
     last, _ = ibp.propagate(members.hidden, *members.entered(box), visit)

@@ -62,8 +62,7 @@ def relaxing(
             if intersect:
                 below, above = torch.maximum(below, lower), torch.minimum(above, upper)
             lower, upper = below, above
-        after = ibp.passed(node, lower, upper)
-        found[node] = node.relax(lower, upper, (centre, after[0]), slope)
+        after, found[node] = node.relaxed(lower, upper, centre, slope)
         return after
 
     last, _ = ibp.propagate(members.hidden, *members.entered(box), visit)

@@ -22,7 +22,15 @@ from evocert.bounds import backward, ibp
 from evocert.bounds.affine import Node
 from evocert.bounds.backward import Relaxing
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundActivation, BoundMaxPool, Relaxations, Relaxed, RelaxedActivation, below_pool
+from evocert.bounds.nonlinear import (
+    BoundActivation,
+    BoundMaxPool,
+    Relaxations,
+    Relaxed,
+    RelaxedActivation,
+    below_pool,
+    passed,
+)
 from evocert.bounds.relaxation import Lines
 from evocert.bounds.rows import Rows, as_cell
 from evocert.bounds.windows import Window
@@ -44,7 +52,7 @@ def relaxing(members: Members, box: Box) -> tuple[Relaxing, Tensor]:
     def visit(node: Relaxed, path: Sequence[Node], centre: Tensor, beta: Tensor) -> ibp.Interval:
         lower, upper = substitution.interval(path, centre)
         lower, upper = lower - beta, upper + beta
-        middle, half = ibp.passed(node, lower, upper)
+        middle, half = passed(node, lower, upper)
         line = node.decided(lower, upper)
         if line is None:
             found[node] = Dropped(node, (lower, upper))

@@ -7,13 +7,12 @@ Costs two forward passes.
 
 from collections.abc import Callable, Sequence
 
-import torch
 from torch import Tensor
 
 from evocert.bounds.affine import Affine, Node, dense_product
 from evocert.bounds.margins import logit_margins, margins_between, rival_entries
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundResidual, Relaxed
+from evocert.bounds.nonlinear import BoundResidual, Relaxed, centred, passed
 
 Interval = tuple[Tensor, Tensor]
 # (activation, what leads to it, centre and radius before it) -> centre and radius after it
@@ -96,14 +95,3 @@ def intervals(members: Members, box: Box) -> list[Interval]:
 
     propagate(members.hidden, *members.entered(box), visit)
     return found
-
-
-def passed(node: Relaxed, lower: Tensor, upper: Tensor) -> Interval:
-    """The centre and radius after an activation, of an interval that is kept."""
-    return centred(node.forward(lower), node.forward(upper))
-
-
-def centred(lower: Tensor, upper: Tensor) -> Interval:
-    """Centre and radius of an interval."""
-    centre = torch.lerp(lower, upper, 0.5)
-    return centre, upper - centre

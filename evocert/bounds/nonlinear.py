@@ -5,15 +5,19 @@ upper line where it is negative. With m the mean and h half the difference of th
 intercepts), that is  A diag(m) - |A| diag(h)  (Zhang et al. 2018, arXiv:1811.00866, theorem 3.2, rearranged).
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
+from functools import cached_property, partial
 from typing import Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from evocert.bounds import compiled
 from evocert.bounds.affine import Affine, Node
+from evocert.bounds.compiled import Parts
+from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.relaxation import ACTIVATIONS, Lines
 from evocert.bounds.rows import Chosen, Form, Rows, Shape, as_cell, inner
 from evocert.bounds.windows import Pair, Window
@@ -47,12 +51,33 @@ class Relaxed(Node):
         """The relaxation over an interval; slope is of ``SLOPES``."""
         raise NotImplementedError
 
+    def relaxed(
+        self, lower: Tensor, upper: Tensor, before: Tensor, slope: str
+    ) -> tuple[tuple[Tensor, Tensor], Relaxation]:
+        """Centre and radius after it of an interval before it, and its relaxation over that.
+
+        ``before``: the reference values before it; those after it are the centre.
+        """
+        after = passed(self, lower, upper)
+        return after, self.relax(lower, upper, (before, after[0]), slope)
+
     def decided(self, lower: Tensor, upper: Tensor) -> Tensor | None:
         """Where no tighter interval would change the relaxation: bools of their shape, or None for nowhere."""
         raise NotImplementedError
 
 
 Relaxations = dict[Relaxed, Relaxation]
+
+
+def passed(node: Relaxed, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """The centre and radius after an activation, of an interval that is kept."""
+    return centred(node.forward(lower), node.forward(upper))
+
+
+def centred(lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
+    """Centre and radius of an interval."""
+    centre = torch.lerp(lower, upper, 0.5)
+    return centre, upper - centre
 
 
 class BoundActivation(Relaxed):
@@ -73,6 +98,17 @@ class BoundActivation(Relaxed):
     def relax(self, lower: Tensor, upper: Tensor, reference: Reference, slope: str) -> "RelaxedActivation":
         lines = self.activation.relax(lower, upper, slope, *self.arguments)
         return RelaxedActivation(lines, reference, (lower, upper))
+
+    def relaxed(
+        self, lower: Tensor, upper: Tensor, before: Tensor, slope: str
+    ) -> tuple[tuple[Tensor, Tensor], "RelaxedActivation"]:
+        if self.activation.piecewise is None or not compiled.usable(lower, upper, before):
+            after = passed(self, lower, upper)
+            return after, self.relax(lower, upper, (before, after[0]), slope)
+        least = self.activation.piecewise(*self.arguments)
+        after, parts = compiled.piecewise(lower, upper, before, slope, least)
+        lines = partial(self.activation.relax, lower, upper, slope, *self.arguments)
+        return after, RelaxedActivation(lines, (before, after[0]), (lower, upper), parts)
 
     @property
     def least_slope(self) -> float | None:
@@ -95,31 +131,46 @@ class RelaxedActivation:
         lines: the relaxation.
         reference: the reference values before and after.
         interval: lower and upper ends, over which the lines hold.
+        parts: those four, if they are known.
     """
 
-    def __init__(self, lines: Lines, reference: Reference, interval: tuple[Tensor, Tensor]) -> None:
-        self.lines, self.reference, self.interval = lines, reference, interval
-        before, after = reference
-        self.mean = (lines.upper_slope + lines.lower_slope) * 0.5
-        self.half = (lines.upper_slope - lines.lower_slope) * 0.5
-        middle = (lines.upper_intercept + lines.lower_intercept) * 0.5
-        apart = (lines.upper_intercept - lines.lower_intercept) * 0.5
-        self.offset = torch.addcmul(middle, self.mean, before) - after
-        self.spread = torch.addcmul(apart, self.half, before)
+    def __init__(
+        self,
+        lines: Lines | Callable[[], Lines],
+        reference: Reference,
+        interval: tuple[Tensor, Tensor],
+        parts: Parts | None = None,
+    ) -> None:
+        self._lines, self.reference, self.interval = lines, reference, interval
+        self.mean, self.half, self.offset, self.spread = parts or _parts(self.lines, reference)
+
+    @cached_property
+    def lines(self) -> Lines:
+        return self._lines if isinstance(self._lines, Lines) else self._lines()
 
     def back(self, rows: Rows) -> Rows:
         if rows.form is Form.EXACT and rows.both and rows.chosen is None:
             return Shared(self, rows).all()
         rows = rows.lowered()
-        terms, magnitude = rows.terms, rows.terms.abs()
-        constant = (
-            rows.constant + inner(terms, self._on(rows, self.offset)) - inner(magnitude, self._on(rows, self.spread))
-        )
-        new = terms * self._on(rows, self.mean)
-        new = (torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_)(
-            new, magnitude, self._on(rows, self.half), value=-1
-        )
+        terms = rows.terms
+        parts = self.seen(rows)
+        if compiled.usable(terms) and terms.shape[1:3] == parts[0].shape[1:3]:
+            new, constant = compiled.passed(terms, rows.constant, parts)
+            return replace(rows, coefficients=new, constant=constant, clean=True)
+        mean, half, offset, spread = parts
+        magnitude = terms.abs()
+        constant = rows.constant + inner(terms, offset) - inner(magnitude, spread)
+        new = (torch.addcmul if torch.is_grad_enabled() else Tensor.addcmul_)(terms * mean, magnitude, half, value=-1)
         return replace(rows, coefficients=new, constant=constant, clean=True)
+
+    def seen(self, rows: Rows) -> Parts:
+        """Mean, half, offset and spread as rows on its output see them, each ``[1 or P, I, L, 1 or Q, *cell]``."""
+        return (
+            self._on(rows, self.mean),
+            self._on(rows, self.half),
+            self._on(rows, self.offset),
+            self._on(rows, self.spread),
+        )
 
     def _on(self, rows: Rows, each: Tensor) -> Tensor:
         """As the rows see it: ``[1 or P, I, L, 1 or Q, *cell]``."""
@@ -130,6 +181,16 @@ class RelaxedActivation:
 
     def below(self, window: Window) -> Window | None:
         return window
+
+
+def _parts(lines: Lines, reference: Reference) -> Parts:
+    """Mean and half difference of slopes, and of offsets."""
+    before, after = reference
+    mean = (lines.upper_slope + lines.lower_slope) * 0.5
+    half = (lines.upper_slope - lines.lower_slope) * 0.5
+    middle = (lines.upper_intercept + lines.lower_intercept) * 0.5
+    apart = (lines.upper_intercept - lines.lower_intercept) * 0.5
+    return mean, half, torch.addcmul(middle, mean, before) - after, torch.addcmul(apart, half, before)
 
 
 class Shared:
@@ -355,7 +416,13 @@ def relaxed_nodes(nodes: Sequence[Node]) -> Iterator[Relaxed]:
 
 def back(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> Rows:
     """Rows on the output of a chain of nodes -> rows on its input."""
-    for node in reversed(nodes):
+    rest = list(nodes)
+    while rest:
+        if (together := _together(rows, rest, relaxations)) is not None:
+            rows, count = together
+            del rest[-count:]
+            continue
+        node = rest.pop()
         if isinstance(node, BoundResidual):
             rows = node.back(rows, relaxations)
         elif isinstance(node, Relaxed):
@@ -363,6 +430,52 @@ def back(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> Rows:
         elif isinstance(node, Affine):
             rows = node.back(rows)
     return rows
+
+
+def _together(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> tuple[Rows, int] | None:
+    """Rows on the output of a chain -> those on the input of its last few nodes, and how many these are.
+
+    They are a convolution and the activations behind and before it, as far as there are any. None where they are not, or where
+    nothing is gained by taking them together.
+    """
+    above = _activation(nodes[-1], relaxations)
+    end = len(nodes) - (above is not None)
+    node = nodes[end - 1] if end else None
+    if not isinstance(node, BoundConvolution) or rows.window is not None or rows.coefficients is None:
+        return None
+    if not compiled.usable(rows.coefficients, rows.constant):
+        return None
+    relaxable = rows.form is Form.LOWER or not rows.both or (rows.form is Form.PAIR and above is not None)
+    if relaxable:
+        rows = rows.lowered()
+    elif above is not None:  # which makes a PAIR of them
+        return None
+    terms = rows.terms
+    parts = parts_below = None
+    if above is not None:
+        parts = above.seen(rows)
+        if not _shared_by_rows(parts, terms):
+            return None
+    # A neuron that is off has a mean slope of zero, and one that is not has none.
+    if not node.sparse_pays(lambda: compiled.share_of_nonzero(terms if parts is None else parts[0])):
+        return None
+    below = _activation(nodes[end - 2], relaxations) if end > 1 and relaxable else None
+    if below is not None:
+        seen = below.seen(replace(rows, shape=node.input_shape))
+        parts_below = seen if _shared_by_rows(seen, terms) else None
+    rows = node.back_sparsely(rows, parts, parts_below)
+    return rows, 1 + (parts is not None) + (parts_below is not None)
+
+
+def _activation(node: Node, relaxations: Relaxations) -> RelaxedActivation | None:
+    """The relaxation of an activation, if it does no more than relax: heirs may keep what passes them."""
+    relaxation = relaxations[node] if isinstance(node, Relaxed) else None
+    return relaxation if type(relaxation) is RelaxedActivation else None
+
+
+def _shared_by_rows(parts: Parts, terms: Tensor) -> bool:
+    """Whether each image and position has parts of its own, which all its rows share."""
+    return parts[0].shape[1:4] == (*terms.shape[1:3], 1)
 
 
 def _sum(one: Rows, other: Rows) -> Rows:

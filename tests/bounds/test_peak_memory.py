@@ -11,12 +11,12 @@ pytestmark = [
     pytest.mark.skipif(not os.access("/proc/self/clear_refs", os.W_OK), reason="the peak can be reset on Linux alone"),
 ]
 
-# The peak is reset, as a process begins with its parent's; what torch loads at its first use is not the bound's.
+# The peak is reset, as a process begins with its parent's; what torch and Numba load at their first use is not the bound's.
 MEASURE = """
 import ctypes, gc, sys, torch
 from torch.utils.checkpoint import checkpoint
 import evocert
-from evocert.bounds import BOUNDS, Tile, box_around, choose_tile, read_network
+from evocert.bounds import BOUNDS, Tile, box_around, choose_tile, compiled, read_network
 
 name, members, images, budget, gradient = sys.argv[1], *map(int, sys.argv[2:])
 torch.set_num_threads(2)
@@ -29,6 +29,7 @@ box, labels = box_around(torch.rand(images, 1, 28, 28), 0.1), torch.randint(0, 1
 small = evocert.cnn3((1, 8, 8), 10, mean=[0.13], std=[0.31], width=1)
 begun = torch.nn.utils.parameters_to_vector(small.parameters()).detach().unsqueeze(0).requires_grad_()
 BOUNDS[name](read_network(small, (1, 8, 8)), begun, box_around(torch.rand(1, 1, 8, 8), 0.1), labels[:1]).sum().backward()
+compiled.load(torch.float32)
 tile = choose_tile(BOUNDS[name].cost(network, torch.device("cpu")), images, budget * 2**20, torch.device("cpu"))
 gc.collect()
 ctypes.CDLL(None).malloc_trim(0)
