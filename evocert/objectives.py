@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from evocert.bounds import BOUNDS, Box, Members, box_around, logit_margins
-from evocert.bounds.nonlinear import forward
+from evocert.bounds.chain import forward
 from evocert.losses import cross_entropy_of_margins
 
 

@@ -74,6 +74,11 @@ def test_bounds_need_torch_and_nothing_else(path):
     assert {unit(m) for m in imported(path) if m.startswith("evocert")} <= {"bounds", "modules"}
 
 
+def test_numba_is_a_matter_of_the_compiled_loops():
+    importing = [p.relative_to(PACKAGE).parent for p in FILES if "numba" in {m.split(".")[0] for m in imported(p)}]
+    assert set(importing) == {Path("bounds/compiled")}
+
+
 @pytest.mark.parametrize("statement", ["import evocert", "import evocert.cli"])
 def test_imports_are_light(statement):
     code = f"import sys; {statement}; print([m for m in ('torch', 'evotorch', 'numpy', 'ray') if m in sys.modules])"

@@ -15,10 +15,11 @@ from torch.utils.checkpoint import checkpoint
 
 from evocert.bounds import compiled
 from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
+from evocert.bounds.chain import BoundResidual, back, forward
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.margins import difference_rows, logit_margins
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundResidual, Relaxations, Relaxed, RelaxedActivation, Shared, back, forward
+from evocert.bounds.nonlinear import Relaxations, Relaxed, RelaxedActivation, Shared
 from evocert.bounds.rows import Chosen, Form, Rows, inner
 from evocert.bounds.windows import Window
 
@@ -118,7 +119,7 @@ def concretised(rows: Rows, radius: Tensor) -> tuple[Tensor, ...]:
     """
     radius = rows.on(radius)  # zero beyond the map, whatever coefficients stand there
     terms = rows.terms
-    in_one_pass = compiled.usable(terms) and terms.shape[1:3] == radius.shape[1:3]
+    in_one_pass = compiled.usable(terms, radius) and terms.shape[1:3] == radius.shape[1:3]
     if rows.form is Form.PAIR:
         s, d, s0, d0 = rows.split()
         if in_one_pass:

@@ -22,15 +22,8 @@ from evocert.bounds import backward, ibp
 from evocert.bounds.affine import Node
 from evocert.bounds.backward import Relaxing
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import (
-    BoundActivation,
-    BoundMaxPool,
-    Relaxations,
-    Relaxed,
-    RelaxedActivation,
-    below_pool,
-    passed,
-)
+from evocert.bounds.nonlinear import BoundActivation, Relaxations, Relaxed, RelaxedActivation, passed
+from evocert.bounds.pooling import BoundMaxPool, below_pool
 from evocert.bounds.relaxation import Lines
 from evocert.bounds.rows import Rows, as_cell
 from evocert.bounds.windows import Window

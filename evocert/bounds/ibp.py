@@ -10,9 +10,10 @@ from collections.abc import Callable, Sequence
 from torch import Tensor
 
 from evocert.bounds.affine import Affine, Node, dense_product
+from evocert.bounds.chain import BoundResidual
 from evocert.bounds.margins import logit_margins, margins_between, rival_entries
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundResidual, Relaxed, centred, passed
+from evocert.bounds.nonlinear import Relaxed, centred, passed
 
 Interval = tuple[Tensor, Tensor]
 # (activation, what leads to it, centre and radius before it) -> centre and radius after it

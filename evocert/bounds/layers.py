@@ -5,7 +5,8 @@ computed once. Memory order is whatever the layer before left, so a transpositio
 
 *Binding* a layer to the parameters of some members does the work that all images of a member share, and gives a node that
 carries values and intervals forward and linear functions back: ``affine`` and ``convolution`` hold those of affine layers,
-``nonlinear`` all others. A new kind of layer is one class here, its node there, and one entry in ``supported.MODULES``.
+``nonlinear``, ``pooling`` and ``chain`` the others. A new kind of layer is one class here, its node there, and one entry in
+``supported.MODULES``.
 """
 
 import math
@@ -16,8 +17,10 @@ import torch
 from torch import Tensor
 
 from evocert.bounds.affine import BoundDense, BoundFlatten, BoundNormalize, BoundPad, BoundScale, Node
+from evocert.bounds.chain import BoundResidual
 from evocert.bounds.convolution import BoundConvolution
-from evocert.bounds.nonlinear import BoundActivation, BoundAvgPool, BoundMaxPool, BoundResidual
+from evocert.bounds.nonlinear import BoundActivation
+from evocert.bounds.pooling import BoundAvgPool, BoundMaxPool
 from evocert.bounds.windows import Pair
 
 Shape = tuple[int, ...]

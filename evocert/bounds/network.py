@@ -8,9 +8,10 @@ from typing import NamedTuple
 from torch import Tensor
 
 from evocert.bounds.affine import Affine, BoundDense, BoundNormalize, Node
+from evocert.bounds.chain import forward, relaxed_nodes
 from evocert.bounds.layers import Layer, Linear, Residual, Shape
 from evocert.bounds.margins import pair_differences
-from evocert.bounds.nonlinear import Relaxed, forward, relaxed_nodes
+from evocert.bounds.nonlinear import Relaxed
 
 
 class Box(NamedTuple):

@@ -1,26 +1,24 @@
-"""What is not affine, bound to P members: activations, maximum pooling, and residual blocks, which contain them.
+"""What is not affine, bound to P members, and the activations among it.
 
 Back-substitution passes an activation by its relaxation: a row takes the lower line where its coefficient is positive and the
 upper line where it is negative. With m the mean and h half the difference of the two slopes (and likewise of the
 intercepts), that is  A diag(m) - |A| diag(h)  (Zhang et al. 2018, arXiv:1811.00866, theorem 3.2, rearranged).
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import replace
 from functools import cached_property, partial
 from typing import Protocol
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from evocert.bounds import compiled
-from evocert.bounds.affine import Affine, Node
+from evocert.bounds.affine import Node
 from evocert.bounds.compiled import Parts
-from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.relaxation import ACTIVATIONS, Lines
 from evocert.bounds.rows import Chosen, Form, Rows, Shape, as_cell, inner
-from evocert.bounds.windows import Pair, Window
+from evocert.bounds.windows import Window
 
 # What deviations are from, before and after a node, each ``[1 or P, B, *shape]``: see ``rows``.
 Reference = tuple[Tensor, Tensor]
@@ -154,7 +152,7 @@ class RelaxedActivation:
         rows = rows.lowered()
         terms = rows.terms
         parts = self.seen(rows)
-        if compiled.usable(terms) and terms.shape[1:3] == parts[0].shape[1:3]:
+        if compiled.usable(terms, rows.constant, *parts) and terms.shape[1:3] == parts[0].shape[1:3]:
             new, constant = compiled.passed(terms, rows.constant, parts)
             return replace(rows, coefficients=new, constant=constant, clean=True)
         mean, half, offset, spread = parts
@@ -222,289 +220,3 @@ class Shared:
         return replace(
             self.rows, coefficients=new.unsqueeze(2), constant=constant, form=Form.PAIR, clean=True, chosen=chosen
         )
-
-
-class BoundMaxPool(Relaxed):
-    """Maximum pooling. See ``RelaxedMaxPool`` for how loose its relaxation is."""
-
-    def __init__(self, kernel: Pair, stride: Pair, padding: Pair, dilation: Pair, input_shape: Shape) -> None:
-        self.kernel, self.stride, self.padding, self.dilation = kernel, stride, padding, dilation
-        self.input_shape = input_shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        pooled = F.max_pool2d(x.flatten(0, 1), self.kernel, self.stride, self.padding, self.dilation)
-        return pooled.unflatten(0, x.shape[:2])
-
-    def ends(self, lower: Tensor, upper: Tensor) -> tuple[Tensor, Tensor]:
-        return self.forward(lower), self.forward(upper)
-
-    def relax(self, lower: Tensor, upper: Tensor, reference: Reference, slope: str) -> "RelaxedMaxPool":
-        return RelaxedMaxPool(self, lower, upper, reference)
-
-    def decided(self, lower: Tensor, upper: Tensor) -> Tensor | None:
-        return None
-
-    def taps(self) -> Iterator[Pair]:
-        return ((a, b) for a in range(self.kernel[0]) for b in range(self.kernel[1]))
-
-    def pieces(self, x: Tensor, beyond: float) -> Tensor:
-        """``[1 or P, B, C, H, W]`` -> for each tap what it sees: ``[taps, 1 or P, B, C, H', W']``."""
-        top, left = self.padding
-        rows, columns = (
-            (h + 2 * p - d * (k - 1) - 1) // s + 1
-            for h, p, d, k, s in zip(
-                self.input_shape[1:], self.padding, self.dilation, self.kernel, self.stride, strict=True
-            )
-        )
-        x = F.pad(x, (left, left, top, top), value=beyond)
-        return torch.stack(
-            [
-                x[..., a * self.dilation[0] :, b * self.dilation[1] :][..., :: self.stride[0], :: self.stride[1]][
-                    ..., :rows, :columns
-                ]
-                for a, b in self.taps()
-            ]
-        )
-
-
-class RelaxedMaxPool:
-    """``x_i <= max(x)``, and above the constant u, or ``max(x) <= x_i + (r - l_i)+``, whichever encloses less.
-
-    i is the input with the greatest midpoint, l_i its lower bound, r the greatest upper bound of the others, u that of all.
-    Sound, and exact where one input wins everywhere (r <= l_i); elsewhere a constant forgets how the maximum depends on the
-    inputs, and the lower line forgets all inputs but one. DeepPoly (Singh et al. 2019, section 4.4) takes the input with the
-    greatest lower bound, and its line above only where r <= l_i: behind a ReLU many of these ends are zero but for rounding,
-    which would then decide.
-    """
-
-    def __init__(self, pool: BoundMaxPool, lower: Tensor, upper: Tensor, reference: Reference) -> None:
-        self.pool, self.interval = pool, (lower, upper)
-        lows, highs = pool.pieces(lower, -torch.inf), pool.pieces(upper, -torch.inf)
-        best = (lows + highs).argmax(0, keepdim=True)  # [1, 1 or P, B, C, H', W']
-        chosen = torch.zeros_like(lows).scatter_(0, best, 1.0)
-        rivals, greatest = highs.masked_fill(chosen > 0, -torch.inf).amax(0), highs.amax(0)
-        low, high = lows.gather(0, best)[0], highs.gather(0, best)[0]
-        over = (rivals - low).clamp(min=0)
-        follows = (low + high) / 2 + over < greatest
-        self.below_taps = chosen  # the lower line's slope at each tap
-        self.above_taps = chosen * follows
-        # What the lines give at the reference values before the pooling, beyond those after it.
-        values, after = pool.pieces(reference[0].expand_as(lower), 0.0), reference[1]
-        self.below_offset = values.gather(0, best)[0] - after
-        self.above_offset = torch.where(follows, self.below_offset + over, greatest - after)
-
-    def back(self, rows: Rows) -> Rows:
-        rows = rows.lowered()
-        terms = rows.terms
-        positive, negative = terms.clamp(min=0), terms.clamp(max=0)
-        constant = (
-            rows.constant + inner(positive, rows.on(self.below_offset)) + inner(negative, rows.on(self.above_offset))
-        )
-        spread = [
-            positive * rows.on(below) + negative * rows.on(above)
-            for below, above in zip(self.below_taps, self.above_taps, strict=True)
-        ]
-        return spread_taps(replace(rows, constant=constant, clean=True), spread, self.pool)
-
-    def below(self, window: Window) -> Window | None:
-        return below_pool(self.pool, window)
-
-
-class Pool(Protocol):
-    """The geometry of a pooling layer."""
-
-    kernel: Pair
-    stride: Pair
-    padding: Pair
-    dilation: Pair
-    input_shape: Shape
-
-    def taps(self) -> Iterator[Pair]: ...
-
-
-def below_pool(pool: Pool, window: Window) -> Window:
-    return window.below(pool.kernel, pool.stride, pool.dilation, pool.padding)
-
-
-def spread_taps(rows: Rows, terms: Sequence[Tensor], pool: Pool) -> Rows:
-    """Coefficients for each tap of a pooling, on its output -> rows on its input. Taps in rising order, row by row."""
-    stride, dilation = pool.stride, pool.dilation
-    window = None if rows.window is None else below_pool(pool, rows.window)
-    (channels, *size), axes = pool.input_shape, (-3, -2)
-    # On the whole map: with the padding, and with what lies before the end but is reached by no tap.
-    padded = window.kernel if window else [h + 2 * p for h, p in zip(size, pool.padding, strict=True)]
-    shape = (*padded, channels)
-    new = terms[0].new_zeros(*terms[0].shape[:-3], *shape)
-    for (a, b), each in zip(pool.taps(), terms, strict=True):
-        place: list[slice] = [slice(None)] * new.ndim
-        for axis, tap, s, d in zip(axes, (a, b), stride, dilation, strict=True):
-            place[axis] = slice(tap * d, tap * d + (each.shape[axis] - 1) * s + 1, s)
-        new[tuple(place)] += each
-    if window is None:
-        top, left = pool.padding
-        new = new[..., top : top + size[0], left : left + size[1], :]
-    clean = window is None or not window.overhangs((size[0], size[1]))
-    return replace(rows, coefficients=new, shape=pool.input_shape, window=window, clean=clean)
-
-
-class BoundAvgPool(Affine):
-    """Average pooling; the padding counts as zeros if ``count_padding``, else an average is over what lies on the map."""
-
-    dilation: Pair = (1, 1)
-
-    def __init__(self, kernel: Pair, stride: Pair, padding: Pair, count_padding: bool, input_shape: Shape) -> None:
-        self.kernel, self.stride, self.padding = kernel, stride, padding
-        self.count_padding, self.input_shape = count_padding, input_shape
-
-    def affine(self, x: Tensor) -> Tensor:
-        pooled = F.avg_pool2d(
-            x.flatten(0, 1), self.kernel, self.stride, self.padding, count_include_pad=self.count_padding
-        )
-        return pooled.unflatten(0, x.shape[:2])
-
-    magnitude = affine
-
-    def taps(self) -> Iterator[Pair]:
-        return ((a, b) for a in range(self.kernel[0]) for b in range(self.kernel[1]))
-
-    def back(self, rows: Rows) -> Rows:
-        rows = rows.cleaned()
-        area = self.kernel[0] * self.kernel[1]
-        if self.count_padding:
-            terms = rows.terms / area
-        else:  # at the border an average is over fewer inputs
-            ones = rows.constant.new_ones(1, *self.input_shape)
-            inputs = F.avg_pool2d(ones, self.kernel, self.stride, self.padding) * area
-            terms = rows.terms * rows.on_all(1 / inputs)
-        return spread_taps(rows, [terms] * area, self)
-
-    def below(self, window: Window) -> Window | None:
-        return below_pool(self, window)
-
-
-class BoundResidual(Node):
-    """``body(x) + shortcut(x)``."""
-
-    def __init__(self, body: Sequence[Node], shortcut: Sequence[Node], input_shape: Shape) -> None:
-        self.body, self.shortcut, self.input_shape = list(body), list(shortcut), input_shape
-
-    def forward(self, x: Tensor) -> Tensor:
-        return forward(self.body, x) + forward(self.shortcut, x)
-
-    def back(self, rows: Rows, relaxations: Relaxations) -> Rows:
-        """Rows on the output -> rows on the input."""
-        one = back(rows, self.body, relaxations)
-        other = back(replace(rows, constant=torch.zeros_like(rows.constant)), self.shortcut, relaxations)
-        return _sum(one, other)
-
-
-def forward(nodes: Sequence[Node], x: Tensor) -> Tensor:
-    """What a chain of nodes makes of values ``[1 or P, B, ...]``."""
-    for node in nodes:
-        x = node.forward(x)
-    return x
-
-
-def relaxed_nodes(nodes: Sequence[Node]) -> Iterator[Relaxed]:
-    """The nodes in a chain that are not affine, also those in residual blocks."""
-    for node in nodes:
-        if isinstance(node, BoundResidual):
-            yield from relaxed_nodes([*node.body, *node.shortcut])
-        elif isinstance(node, Relaxed):
-            yield node
-
-
-def back(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> Rows:
-    """Rows on the output of a chain of nodes -> rows on its input."""
-    rest = list(nodes)
-    while rest:
-        if (together := _together(rows, rest, relaxations)) is not None:
-            rows, count = together
-            del rest[-count:]
-            continue
-        node = rest.pop()
-        if isinstance(node, BoundResidual):
-            rows = node.back(rows, relaxations)
-        elif isinstance(node, Relaxed):
-            rows = relaxations[node].back(rows)
-        elif isinstance(node, Affine):
-            rows = node.back(rows)
-    return rows
-
-
-def _together(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> tuple[Rows, int] | None:
-    """Rows on the output of a chain -> those on the input of its last few nodes, and how many these are.
-
-    They are a convolution and the activations behind and before it, as far as there are any. None where they are not, or where
-    nothing is gained by taking them together.
-    """
-    above = _activation(nodes[-1], relaxations)
-    end = len(nodes) - (above is not None)
-    node = nodes[end - 1] if end else None
-    if not isinstance(node, BoundConvolution) or rows.window is not None or rows.coefficients is None:
-        return None
-    if not compiled.usable(rows.coefficients, rows.constant):
-        return None
-    relaxable = rows.form is Form.LOWER or not rows.both or (rows.form is Form.PAIR and above is not None)
-    if relaxable:
-        rows = rows.lowered()
-    elif above is not None:  # which makes a PAIR of them
-        return None
-    terms = rows.terms
-    parts = parts_below = None
-    if above is not None:
-        parts = above.seen(rows)
-        if not _shared_by_rows(parts, terms):
-            return None
-    # A neuron that is off has a mean slope of zero, and one that is not has none.
-    if not node.sparse_pays(lambda: compiled.share_of_nonzero(terms if parts is None else parts[0])):
-        return None
-    below = _activation(nodes[end - 2], relaxations) if end > 1 and relaxable else None
-    if below is not None:
-        seen = below.seen(replace(rows, shape=node.input_shape))
-        parts_below = seen if _shared_by_rows(seen, terms) else None
-    rows = node.back_sparsely(rows, parts, parts_below)
-    return rows, 1 + (parts is not None) + (parts_below is not None)
-
-
-def _activation(node: Node, relaxations: Relaxations) -> RelaxedActivation | None:
-    """The relaxation of an activation, if it does no more than relax: heirs may keep what passes them."""
-    relaxation = relaxations[node] if isinstance(node, Relaxed) else None
-    return relaxation if type(relaxation) is RelaxedActivation else None
-
-
-def _shared_by_rows(parts: Parts, terms: Tensor) -> bool:
-    """Whether each image and position has parts of its own, which all its rows share."""
-    return parts[0].shape[1:4] == (*terms.shape[1:3], 1)
-
-
-def _sum(one: Rows, other: Rows) -> Rows:
-    """Rows on the same values, added."""
-    if Form.LOWER in (one.form, other.form):
-        one, other = one.lowered(), other.lowered()
-    elif Form.PAIR in (one.form, other.form):
-        one, other = one.paired(), other.paired()
-    if one.window != other.window:
-        one, other = _aligned(one, other)
-    terms = one.terms + other.terms
-    return replace(one, coefficients=terms, constant=one.constant + other.constant, clean=one.clean and other.clean)
-
-
-def _aligned(one: Rows, other: Rows) -> tuple[Rows, Rows]:
-    """Both on windows that hold the two, or both on the whole map."""
-    if one.window is None or other.window is None or one.window.stride != other.window.stride:
-        return one.whole(), other.whole()
-    first, second = one.window, other.window
-    offset = tuple(min(a, b) for a, b in zip(first.offset, second.offset, strict=True))
-    end = tuple(max(a.offset[i] + a.kernel[i] for a in (first, second)) for i in range(2))
-    window = Window((end[0] - offset[0], end[1] - offset[1]), first.stride, (offset[0], offset[1]), first.positions)
-    return _within(one, window), _within(other, window)
-
-
-def _within(rows: Rows, window: Window) -> Rows:
-    own = rows.window
-    assert own is not None
-    top, left = own.offset[0] - window.offset[0], own.offset[1] - window.offset[1]
-    bottom, right = window.kernel[0] - top - own.kernel[0], window.kernel[1] - left - own.kernel[1]
-    terms = F.pad(rows.terms, (0, 0, left, right, top, bottom))
-    return replace(rows, coefficients=terms, window=window)

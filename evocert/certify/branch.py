@@ -16,9 +16,10 @@ import torch
 from torch import Tensor
 
 from evocert.bounds.backward import Relaxing, concretised, margin_rows
+from evocert.bounds.chain import back
 from evocert.bounds.ibp import Interval
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundActivation, Reference, Relaxations, RelaxedActivation, back
+from evocert.bounds.nonlinear import BoundActivation, Reference, Relaxations, RelaxedActivation
 from evocert.bounds.relaxation import Lines
 from evocert.bounds.rows import Rows, from_cell, inner
 from evocert.certify.milp import Milp

@@ -18,9 +18,10 @@ import torch
 from torch import Tensor
 
 from evocert.bounds.affine import Affine, Node
+from evocert.bounds.chain import BoundResidual
 from evocert.bounds.ibp import Interval
 from evocert.bounds.network import Box, Members
-from evocert.bounds.nonlinear import BoundActivation, BoundResidual, Relaxed
+from evocert.bounds.nonlinear import BoundActivation, Relaxed
 from evocert.certify.verdict import Deadline, Outcome
 
 # HiGHS holds constraints, and integers to be integers, to 1e-6 or so: a margin counts as proved from here on, times the
