@@ -17,7 +17,7 @@ from evocert.bounds import compiled
 from evocert.bounds.affine import Affine, BoundDense, BoundFlatten, Node
 from evocert.bounds.chain import BoundResidual, back, forward
 from evocert.bounds.convolution import BoundConvolution
-from evocert.bounds.margins import difference_rows, logit_margins
+from evocert.bounds.margins import class_pairs, difference_rows, logit_margins
 from evocert.bounds.network import Box, Members
 from evocert.bounds.nonlinear import Relaxations, Relaxed, RelaxedActivation, Shared
 from evocert.bounds.rows import Chosen, Form, Rows, inner
@@ -72,13 +72,20 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
     parts = _cut(len(labels), size)
     tail = members.inner[len(members.hidden) :]  # affine: the same for all images of a class
     at_reference = logit_margins(forward(tail, relaxing.last), labels).unsqueeze(2)  # [P, B, 1, M]
-    if shared := classes <= parts[0].stop:
-        every = torch.arange(classes, device=labels.device)
+    every = torch.arange(classes, device=labels.device)
+    of_logits = of_class = None
+    if compiled.usable(at_reference, members.parameters):
+        of_logits = back(Rows(None, at_reference, (classes,), both=False), tail, {}).written()
+    elif classes <= parts[0].stop:
         of_class = back(_differences(every, classes, at_reference.new_zeros(1, classes, 1, classes - 1)), tail, {})
     ends = Ends((len(members), len(labels), 1, classes - 1), radius, 1)
     for images in parts:
         some, constant = labels[images], at_reference[:, images]
-        if shared:
+        if of_logits is not None:
+            rivals = class_pairs(classes, labels.device).rivals.index_select(0, some)
+            terms = compiled.differences(of_logits.terms, some, rivals)
+            rows = replace(of_logits, coefficients=terms, constant=constant)
+        elif of_class is not None:
             rows = replace(of_class, coefficients=of_class.terms.index_select(1, some), constant=constant)
         else:
             rows = back(_differences(some, classes, constant), tail, {})

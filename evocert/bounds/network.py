@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import NamedTuple
 
+import torch
 from torch import Tensor
 
 from evocert.bounds.affine import Affine, BoundDense, BoundNormalize, Node
@@ -79,6 +80,7 @@ class Members:
 
     def __init__(self, network: Network, parameters: Tensor, chunk_parts: int = 1) -> None:
         self.network, self.parameters, self.chunk_parts = network, parameters, chunk_parts
+        self._entered: tuple[tuple[Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None = None
         self.nodes: list[Node] = [layer.bind(parameters) for layer in network.layers]
 
     def __len__(self) -> int:
@@ -109,7 +111,16 @@ class Members:
         return list(relaxed_nodes(self.nodes))
 
     def entered(self, box: Box) -> tuple[Tensor, Tensor]:
-        """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``."""
+        """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``.
+
+        A bound asks for them more than once, so those of the last box are kept.
+        """
+        key = box.lower, box.upper, torch.is_grad_enabled()
+        if self._entered is None or not all(a is b for a, b in zip(self._entered[0], key, strict=True)):
+            self._entered = key, self._enter(box)
+        return self._entered[1]
+
+    def _enter(self, box: Box) -> tuple[Tensor, Tensor]:
         centre, radius = box.centred
         for node in self.nodes[: self._leading]:
             assert isinstance(node, BoundNormalize)

@@ -15,7 +15,7 @@ In the loops arrays of P members are read at ``p % len``: what all members share
 import torch
 
 from evocert.bounds.compiled.activations import passed, piecewise
-from evocert.bounds.compiled.box import magnitude_product, pair_products
+from evocert.bounds.compiled.box import differences, magnitude_product, pair_products
 from evocert.bounds.compiled.convolutions import share_of_nonzero, through_convolution
 from evocert.bounds.compiled.loops import DTYPES, Parts, usable
 from evocert.bounds.relaxation import SLOPES
@@ -23,6 +23,7 @@ from evocert.bounds.relaxation import SLOPES
 __all__ = [
     "DTYPES",
     "Parts",
+    "differences",
     "load",
     "magnitude_product",
     "pair_products",
@@ -44,6 +45,7 @@ def load(dtype: torch.dtype) -> None:
         parts = (map_[:, :, :, :1],) * 4
         piecewise(row, row, row, SLOPES[0], 0.0)
         passed(map_, row, parts)
+        differences(map_, torch.zeros(1, dtype=torch.long), torch.ones(1, 1, dtype=torch.long))
         magnitude_product(map_, parts[0])
         pair_products(map_, parts[0])
         share_of_nonzero(map_)

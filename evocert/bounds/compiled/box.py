@@ -1,8 +1,27 @@
-"""Rows over the input's box."""
+"""The ends of back-substitution: margins as differences of logits, and rows over the input's box."""
 
 from torch import Tensor
 
 from evocert.bounds.compiled.loops import array, compiled
+
+
+def differences(terms: Tensor, labels: Tensor, rivals: Tensor) -> Tensor:
+    """Rows of logits ``[P, 1, 1, K, *cell]``, labels ``[B]``, rivals ``[B, M]`` -> of the margins ``[P, B, 1, M, *cell]``."""
+    new = terms.new_empty(len(terms), *rivals.shape[:1], 1, *rivals.shape[1:], *terms.shape[4:])
+    _differences(array(terms.flatten(4).flatten(1, 3)), array(labels), array(rivals), new.flatten(4).squeeze(2).numpy())
+    return new
+
+
+@compiled
+def _differences(terms, labels, rivals, new):  # type: ignore[no-untyped-def]
+    """Terms ``[P, K, N]``, labels ``[B]``, rivals ``[B, M]``, new ``[P, B, M, N]``."""
+    for p in range(new.shape[0]):
+        for b in range(new.shape[1]):
+            own = terms[p, labels[b]]
+            for m in range(new.shape[2]):
+                other, to = terms[p, rivals[b, m]], new[p, b, m]
+                for n in range(len(to)):
+                    to[n] = own[n] - other[n]
 
 
 def magnitude_product(terms: Tensor, radius: Tensor) -> Tensor:
