@@ -12,7 +12,7 @@ BUSY = 0.4  # other processes for each thread, from which on ratios are not to b
 LEGEND = """\
 per s, ms: network-images, median; the whole population at once, in the tiles that evocert chooses
 passes: time over that of a forward pass of the same population, in the same run; ibp's floor is 2
-MiB: what a call takes, above the level before it, in a fresh process (that has loaded Numba's loops)
+MiB: what a call takes, above the level before it, in a fresh process with Numba's loops
 M ops: million multiply-adds that the structured algorithm needs for a network-image
 of floor: what share of ms these would take at the rate of the large product
 loop: one network after another, dense coefficients on whole maps, on so many members and images
