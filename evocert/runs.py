@@ -259,7 +259,7 @@ def environment(device: torch.device, threads: int) -> dict[str, Any]:
         "git_commit": _git_commit(),
         "python": platform.python_version(),
         "platform": platform.platform(),
-        **{name: metadata.version(name) for name in ("torch", "evotorch", "numpy", "onnx", "onnxruntime")},
+        **{name: metadata.version(name) for name in ("torch", "evotorch", "numpy", "numba", "onnx", "onnxruntime")},
         "evocert": evocert.__version__,
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _processor(),
         "threads": threads,
