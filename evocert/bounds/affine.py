@@ -5,7 +5,6 @@ rows on its output as rows on its input: coefficients ``A`` become ``A W`` (of d
 """
 
 from dataclasses import replace
-from functools import cached_property
 
 import torch
 import torch.nn.functional as F
@@ -54,10 +53,7 @@ class BoundDense(Affine):
     def __init__(self, weight: Tensor, bias: Tensor | None, input_shape: Shape, output_shape: Shape) -> None:
         self.weight, self.bias = weight, bias  # [P, out, in], [P, out]
         self.input_shape, self.output_shape = input_shape, output_shape
-
-    @cached_property
-    def absolute(self) -> Tensor:
-        return self.weight.abs()
+        self.absolute = weight.abs()
 
     def affine(self, x: Tensor) -> Tensor:
         return self._product(self.weight, self.bias, x)

@@ -80,19 +80,18 @@ def _together(rows: Rows, nodes: Sequence[Node], relaxations: Relaxations) -> tu
     if not compiled.usable(rows.coefficients, rows.constant, node.kernels):
         return None
     relaxable = rows.form is Form.LOWER or not rows.both or (rows.form is Form.PAIR and above is not None)
-    if relaxable:
-        rows = rows.lowered()
-    elif above is not None:  # which makes a PAIR of them
-        return None
-    terms = rows.terms
     parts = parts_below = None
     if above is not None:
         parts = above.seen(rows)
-        if not _can_take(parts, terms):
+        if not relaxable or not _can_take(parts, rows.terms):  # of EXACT rows it makes a PAIR
             return None
-    # A neuron that is off has a mean slope of zero, and one that is not has none.
+    # Those that are off have a mean slope of zero. Others may have one too, which the loops take all the same: this only
+    # estimates what is faster.
+    terms = rows.terms
     if not node.sparse_pays(lambda: compiled.share_of_nonzero(terms if parts is None else parts[0])):
         return None
+    if relaxable:
+        rows = rows.lowered()
     below = _activation(nodes[end - 2], relaxations) if end > 1 and relaxable else None
     if below is not None:
         seen = below.seen(replace(rows, shape=node.input_shape))

@@ -80,7 +80,7 @@ class Members:
 
     def __init__(self, network: Network, parameters: Tensor, chunk_parts: int = 1) -> None:
         self.network, self.parameters, self.chunk_parts = network, parameters, chunk_parts
-        self._entered: tuple[tuple[Tensor, Tensor, bool], tuple[Tensor, Tensor]] | None = None
+        self._pair_differences: Tensor | None = None
         self.nodes: list[Node] = [layer.bind(parameters) for layer in network.layers]
 
     def __len__(self) -> int:
@@ -111,16 +111,7 @@ class Members:
         return list(relaxed_nodes(self.nodes))
 
     def entered(self, box: Box) -> tuple[Tensor, Tensor]:
-        """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``.
-
-        A bound asks for them more than once, so those of the last box are kept.
-        """
-        key = box.lower, box.upper, torch.is_grad_enabled()
-        if self._entered is None or not all(a is b for a, b in zip(self._entered[0], key, strict=True)):
-            self._entered = key, self._enter(box)
-        return self._entered[1]
-
-    def _enter(self, box: Box) -> tuple[Tensor, Tensor]:
+        """A box's centre and radius behind the normalisation, each ``[1, B, C, H, W]``."""
         centre, radius = box.centred
         for node in self.nodes[: self._leading]:
             assert isinstance(node, BoundNormalize)
@@ -137,8 +128,13 @@ class Members:
         last = self.nodes[-1]
         return last if isinstance(self.network.layers[-1], Linear) and isinstance(last, BoundDense) else None
 
-    @cached_property
+    @property
     def pair_differences(self) -> Tensor:
-        """``|W_i - W_j|`` of the last layer, for each pair of classes: ``[P, pairs, F]``."""
+        """``|W_i - W_j|`` of the last layer, for each pair of classes: ``[P, pairs, F]``. Kept where it has no gradient."""
         assert self.last_linear is not None
-        return pair_differences(self.last_linear.weight)
+        weight = self.last_linear.weight
+        if torch.is_grad_enabled() and weight.requires_grad:
+            return pair_differences(weight)
+        if self._pair_differences is None:
+            self._pair_differences = pair_differences(weight)
+        return self._pair_differences

@@ -27,8 +27,9 @@ OnTile = Callable[..., Tensor]  # (members, *inputs) -> [P, B, ...]
 class Tile(NamedTuple):
     """How many members and images are worked on at once.
 
-    A member's bits depend on nothing but itself, the images and this shape, if ``members`` is 1, or even with ``images`` a
-    multiple of ``LANES``. ``choose_tile`` gives such tiles.
+    A member's bits depend on nothing but itself, the images and this shape, if ``members`` is 1, or for bounds without
+    back-substitution even with ``images`` a multiple of ``LANES``. ``choose_tile`` gives such tiles, but where it may take
+    members ``together``.
     """
 
     members: int

@@ -1,5 +1,8 @@
 """What Numba compiles, against the operations of torch that it stands for."""
 
+import subprocess
+import sys
+
 import numba
 import pytest
 import torch
@@ -7,8 +10,9 @@ from drawing import EXAMPLES, cases
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
+from torch.autograd import forward_ad
 
-from evocert.bounds import BOUNDS, box_around, chain, compiled, read_network
+from evocert.bounds import BOUNDS, Box, box_around, chain, compiled, crown_ibp, ibp, read_network
 from evocert.bounds.compiled import loops
 from evocert.bounds.convolution import BoundConvolution
 from evocert.bounds.nonlinear import BoundActivation, RelaxedActivation
@@ -104,10 +108,23 @@ def test_through_a_convolution(dtype, convolution, rows, members, share, relaxed
         torch.testing.assert_close(own, other, rtol=TOLERANCE[dtype], atol=TOLERANCE[dtype] * 100)
 
 
+@pytest.mark.parametrize("part", [0, 1, 2, 3, "terms"])
+def test_nan_passes_a_convolution(part):
+    """Also where nothing else of the neuron is other than zero."""
+    shape = (1, 1, 1, 1, 3, 3, 4)
+    terms = torch.zeros(1, 1, 1, 2, 3, 3, 4)
+    relaxation = None if part == "terms" else tuple(torch.zeros(shape) for _ in range(4))
+    (terms if part == "terms" else relaxation[part])[0, 0, 0, 0, 1, 1, 2] = torch.nan
+    kernels, constant = torch.ones(1, 4, 3, 3, 2), torch.zeros(1, 1, 1, 2)
+    new, constant = compiled.through_convolution(terms, constant, kernels, (1, 1), (1, 1), (3, 3), relaxation, None)
+    assert (new if part in (0, 1, "terms") else constant).isnan().any()
+
+
 def parts(members, images, channels, height, width, share, dtype):
-    """A relaxation of which a share is not zero."""
-    some = torch.rand(members, images, 1, 1, height, width, channels) < share
-    return tuple(torch.randn(some.shape, dtype=dtype) * some for _ in range(4))
+    """A relaxation of which a share is not zero: mostly all four parts of a neuron, but now and then one alone."""
+    shape = members, images, 1, 1, height, width, channels
+    some = torch.rand(shape) < share
+    return tuple(torch.randn(shape, dtype=dtype) * (some ^ (torch.rand(shape) < 0.1)) for _ in range(4))
 
 
 def by_torch(terms, constant, parts):
@@ -165,6 +182,60 @@ def test_nan_in_the_weights_is_nan_in_the_bounds(bound, place):
         margins = BOUNDS[bound](read_network(module, (1, 12, 12)), parameters, box, labels)
     assert margins[0].isnan().any(1).all()
     assert not margins[1].isnan().any()
+
+
+class TestDerivatives:
+    """Where one is asked for, torch's operations are taken: for weights, the box, or slopes, one of them alone."""
+
+    @pytest.fixture
+    def arguments(self):
+        torch.manual_seed(0)
+        module = cnn3((1, 12, 12), 4, mean=[0.5], std=[0.5], width=16).double()
+        parameters = flat_parameters(module).detach().unsqueeze(0)
+        images = torch.rand(2, 1, 12, 12, dtype=torch.float64)
+        return read_network(module, (1, 12, 12)), parameters, images - 0.05, images + 0.05, torch.tensor([0, 1])
+
+    @pytest.mark.parametrize("bound", ["crown-ibp", "deeppoly", "deeppoly-sparse"])
+    @pytest.mark.parametrize("wanted", ["weights", "lower", "upper"])
+    def test_are_those_of_torch_alone(self, arguments, bound, wanted):
+        network, *tensors, labels = arguments
+
+        def gradient():
+            parameters, lower, upper = (each.clone() for each in tensors)
+            leaf = {"weights": parameters, "lower": lower, "upper": upper}[wanted].requires_grad_()
+            BOUNDS[bound](network, parameters, Box(lower, upper), labels).sum().backward()
+            return leaf.grad
+
+        found = gradient()
+        assert found.abs().max() > 0
+        assert torch.equal(found, with_torch_alone(gradient))
+
+    def test_in_forward_mode_are_those_of_torch_alone(self, arguments):
+        network, parameters, lower, upper, labels = arguments
+
+        def tangent():
+            with forward_ad.dual_level():
+                dual = forward_ad.make_dual(parameters, torch.ones_like(parameters))
+                margins = BOUNDS["crown-ibp"](network, dual, Box(lower, upper), labels)
+                return forward_ad.unpack_dual(margins).tangent
+
+        found = tangent()
+        assert found.abs().max() > 0
+        torch.testing.assert_close(found, with_torch_alone(tangent))
+
+    def test_members_that_bounded_without_gradients_have_them_still(self, arguments):
+        """And a box that has changed in place is another box."""
+        network, parameters, lower, upper, labels = arguments
+        parameters = parameters.clone().requires_grad_()
+        for bound in (ibp, crown_ibp):
+            members = network.bind(parameters)
+            with torch.no_grad():
+                first = bound.margins(members, Box(lower, upper), labels)
+                lower -= 0.1
+                assert (bound.margins(members, Box(lower, upper), labels) < first).all()
+            expected = bound.margins(network.bind(parameters), Box(lower, upper), labels)
+            found = bound.margins(members, Box(lower, upper), labels)
+            assert torch.equal(*(torch.autograd.grad(each.sum(), parameters)[0] for each in (found, expected))), bound
 
 
 class TestChoice:
@@ -230,8 +301,28 @@ def test_without_a_place_to_keep_what_is_compiled_it_is_compiled_all_the_same(mo
     assert loops.compiled(lambda x: x + 1)(2) == 3
 
 
-def test_loading_everything_is_no_error_and_changes_nothing():
-    for dtype in compiled.DTYPES:
-        before = torch.is_grad_enabled()
-        compiled.load(dtype)
-        assert torch.is_grad_enabled() == before
+def test_after_loading_nothing_is_compiled():
+    program = """
+import torch
+from evocert.bounds import BOUNDS, box_around, compiled, read_network
+from evocert.bounds.compiled import activations, box, convolutions
+from evocert.networks import cnn3, flat_parameters
+
+def kinds():
+    modules = (activations, box, convolutions)
+    return {k: len(f.signatures) for m in modules for k, f in vars(m).items() if hasattr(f, "signatures")}
+
+compiled.load(torch.float32)
+before = kinds()
+assert torch.is_grad_enabled()
+module = cnn3((1, 12, 12), 4, mean=[0.5], std=[0.5], width=16)
+with torch.no_grad():
+    module[3].bias -= 1
+arguments = read_network(module, (1, 12, 12)), flat_parameters(module).detach().repeat(2, 1)
+for name in ("crown-ibp", "deeppoly", "deeppoly-sparse"):
+    BOUNDS[name](*arguments, box_around(torch.rand(3, 1, 12, 12), 0.01), torch.tensor([0, 1, 3]))
+assert kinds() == before, (kinds(), before)
+assert sum(before.values()) >= 7, before  # what is read from where it is kept does not count what it calls
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr

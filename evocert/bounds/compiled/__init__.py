@@ -3,8 +3,9 @@
 Back-substitution of a small network is bound by passes over coefficients that a core's second-level cache no longer holds, more
 than by products. What each function here computes its callers can also have of torch's operations, which they use for
 gradients and on GPUs; the two agree but for rounding. The loops hold no lock of the interpreter, so the threads of several
-tiles do not wait for each other; and they take every member and image alone, in an order that depends on shapes only, so
-bits do not depend on what else is in a call.
+tiles do not wait for each other; and they take every member and image alone, in an order that depends on shapes only, so what
+else is in a call changes no bits. (Whether a convolution is passed by them does depend on it: ``BoundConvolution.sparse_pays``
+asks for all members and images of a tile.)
 
 A function is compiled when it is first called for a dtype, which takes a second or two, and then kept beside this file, or in
 the user's cache where that cannot be written.

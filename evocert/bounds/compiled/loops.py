@@ -8,6 +8,7 @@ import numba
 import numpy as np
 import torch
 from torch import Tensor
+from torch.autograd import forward_ad
 
 # Sums in any order, and products and sums rounded together; but nothing that would let NaN or infinity pass for a number.
 FASTMATH = {"contract", "reassoc", "nsz"}
@@ -26,7 +27,9 @@ def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def usable(*tensors: Tensor) -> bool:
-    """Whether these functions may take tensors: all of what they take, on a CPU, where no gradient of them is recorded."""
+    """Whether these functions may take tensors: all of what they take, on a CPU, where no derivative of them is recorded."""
+    if getattr(forward_ad, "_current_level", -1) >= 0:  # derivatives in forward mode, of whatever
+        return False
     return all(
         t.device.type == "cpu" and t.dtype in DTYPES and not (t.requires_grad and torch.is_grad_enabled())
         for t in tensors
