@@ -72,11 +72,11 @@ def margins(members: Members, box: Box, labels: Tensor, relaxing: Relaxing) -> T
     parts = _cut(len(labels), size)
     tail = members.inner[len(members.hidden) :]  # affine: the same for all images of a class
     at_reference = logit_margins(forward(tail, relaxing.last), labels).unsqueeze(2)  # [P, B, 1, M]
-    every = torch.arange(classes, device=labels.device)
     of_logits = of_class = None
     if compiled.usable(at_reference, members.parameters):
         of_logits = back(Rows(None, at_reference, (classes,), both=False), tail, {}).written()
     elif classes <= parts[0].stop:
+        every = torch.arange(classes, device=labels.device)
         of_class = back(_differences(every, classes, at_reference.new_zeros(1, classes, 1, classes - 1)), tail, {})
     ends = Ends((len(members), len(labels), 1, classes - 1), radius, 1)
     for images in parts:

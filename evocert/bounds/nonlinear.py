@@ -99,11 +99,10 @@ class BoundActivation(Relaxed):
 
     def relaxed(
         self, lower: Tensor, upper: Tensor, before: Tensor, slope: str
-    ) -> tuple[tuple[Tensor, Tensor], "RelaxedActivation"]:
-        if self.activation.piecewise is None or not compiled.usable(lower, upper, before):
-            after = passed(self, lower, upper)
-            return after, self.relax(lower, upper, (before, after[0]), slope)
-        least = self.activation.piecewise(*self.arguments)
+    ) -> tuple[tuple[Tensor, Tensor], Relaxation]:
+        least = self.least_slope if self.activation.piecewise else None
+        if least is None or not compiled.usable(lower, upper, before):
+            return super().relaxed(lower, upper, before, slope)
         after, parts = compiled.piecewise(lower, upper, before, slope, least)
         lines = partial(self.activation.relax, lower, upper, slope, *self.arguments)
         return after, RelaxedActivation(lines, (before, after[0]), (lower, upper), parts)

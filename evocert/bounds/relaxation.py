@@ -42,7 +42,7 @@ class ElementwiseActivation:
         decided: (lower, upper, *arguments) -> where no tighter bounds of x would change the relaxation; None: nowhere.
         least_slope: (*arguments) -> where the interval crosses zero, any line through the origin with a slope from this to 1
             is a lower one; None: there is no such freedom.
-        piecewise: (*arguments) -> of a ReLU or a leaky one the slope left of zero; None: it is neither.
+        piecewise: whether it is two lines that meet at zero, of slope 1 on the right and ``least_slope`` on the left.
     """
 
     function: Callable[..., Tensor]
@@ -50,7 +50,7 @@ class ElementwiseActivation:
     in_place: Callable[..., Tensor] | None = None
     decided: Callable[..., Tensor] | None = None
     least_slope: Callable[..., float] | None = None
-    piecewise: Callable[..., float] | None = None
+    piecewise: bool = False
 
     def overwrite(self, x: Tensor, *arguments: float) -> Tensor:
         return (self.in_place or self.function)(x, *arguments)
@@ -169,10 +169,10 @@ def _hardtanh_decided(lower: Tensor, upper: Tensor, low: float, high: float) -> 
 
 
 ACTIVATIONS: dict[str, ElementwiseActivation] = {
-    "relu": ElementwiseActivation(F.relu, _relu, F.relu_, _relu_decided, lambda: 0.0, lambda: 0.0),
+    "relu": ElementwiseActivation(F.relu, _relu, F.relu_, _relu_decided, lambda: 0.0, piecewise=True),
     # argument: negative slope in [0, 1], checked when it is read
     "leaky_relu": ElementwiseActivation(
-        F.leaky_relu, _leaky_relu, None, _relu_decided, lambda slope: slope, lambda slope: slope
+        F.leaky_relu, _leaky_relu, None, _relu_decided, lambda slope: slope, piecewise=True
     ),
     # arguments: lower and upper end
     "hardtanh": ElementwiseActivation(F.hardtanh, _hardtanh, decided=_hardtanh_decided),
